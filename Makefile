@@ -1,0 +1,42 @@
+# make demo and make test work in a fresh clone: they create the environment .venv by themselves.
+
+# Any Python from 3.10 to 3.13: make test PYTHON=python3.12
+PYTHON ?= $(shell for python in python3 python python3.13 python3.12 python3.11 python3.10; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+		&& { echo "$$python"; break; }; done)
+VENV ?= .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
+
+.PHONY: help env demo test lint format clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+env: $(READY)  ## Create the environment
+
+demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
+	$(BIN)/python classification/demo.py --config $(DEMO_CONFIG)
+
+test: $(READY) lint  ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Repair style and formatting where it can be done automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and caches; what programs wrote to output/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(READY): requirements.txt pyproject.toml .packaging/opencv-python/pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python from 3.10 to 3.13 found; name one: make PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "error: $(PYTHON) cannot create environments; on Debian and Ubuntu install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""What the classification programs share: options, data, training, evaluation and reporting."""

@@ -1,0 +1,229 @@
+"""Building model, data, objective and schedule from the options of train.py, with every check that needs no work."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import FastCollateMixup, Mixup, resolve_data_config
+from timm.layers import convert_splitbn_model
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import ClassificationTask
+from torch import nn
+from torch.utils.data import Dataset
+
+from engine import data, loaders
+from engine.task import MesaTask
+from mambavision import create_model, load_checkpoint
+from mambavision.errors import UserError, nearest
+from mambavision.factory import check_model_name
+
+_logger = logging.getLogger(__name__)
+
+
+def check_options(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise a UserError for options that do not go together."""
+    check_model_name(args.model)
+    mixing = mixup_is_on(args)
+    distilled_on_cpu = args.model_ema_force_cpu and device.type != "cpu"
+    problems = {
+        "--mesa distils from the averaged weights: add --model-ema.": args.mesa and not args.model_ema,
+        "--mesa needs the averaged weights on the GPU: drop --model-ema-force-cpu.": args.mesa and distilled_on_cpu,
+        "--sync-bn needs GPUs.": args.sync_bn and device.type != "cuda",
+        "--split-bn and --jsd-loss need --aug-splits of at least 2.": (args.split_bn or args.jsd_loss)
+        and args.aug_splits < 2,
+        "--aug-splits and mixup do not go together: add --mixup 0 --cutmix 0.": args.aug_splits and mixing,
+        "--aug-splits needs the prefetcher: drop --no-prefetcher.": args.aug_splits and args.no_prefetcher,
+        "--batch-size must be even for mixup; change it, or add --mixup 0 --cutmix 0.": mixing and args.batch_size % 2,
+        "--batch-size, --grad-accum-steps and --epochs must be at least 1.": min(
+            args.batch_size, args.grad_accum_steps, args.epochs
+        )
+        < 1,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise UserError(problem)
+    if args.opt.lower() not in timm.optim.list_optimizers():
+        raise UserError(f"unknown optimizer --opt {args.opt}.{nearest(args.opt, timm.optim.list_optimizers())}")
+
+
+def mixup_is_on(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str] | None]:
+    """Return the training and validation data and the names of their classes, which must agree."""
+    splits = ("train", "val") if args.lmdb_dataset else (args.train_split, args.val_split)
+    if args.lmdb_dataset and "lmdb" in (args.data_dir or ""):
+        raise UserError("--lmdb-dataset: LMDB files cannot be read; unpack them into the folders train/ and val/.")
+    common = {
+        "data_dir": args.data_dir,
+        "dataset": args.dataset,
+        "class_map": args.class_map,
+        "channels": args.input_size[0] if args.input_size else 3,
+        "download": args.dataset_download,
+        "seed": args.seed,
+        "exif_transpose": args.exif_transpose,
+        "skip_corrupt": args.skip_corrupt,
+    }
+    train = data.open_split(
+        split=splits[0], is_training=True, batch_size=args.batch_size, epoch_repeats=args.epoch_repeats, **common
+    )
+    validation = data.open_split(split=splits[1], batch_size=args.validation_batch_size or args.batch_size, **common)
+    names = data.class_names(train)
+    data.check_same_classes(names, data.class_names(validation), "the training data", "the validation data")
+    return train, validation, names
+
+
+def model_arguments(args: argparse.Namespace, classes: list[str] | None) -> dict[str, Any]:
+    """Return the arguments that build the model again."""
+    arguments = {
+        "num_classes": args.num_classes or (len(classes) if classes else None),
+        "in_chans": args.input_size[0] if args.input_size else None,
+        "drop_rate": args.drop_rate,
+        "attn_drop_rate": args.attn_drop_rate,
+        "drop_path_rate": args.drop_path,
+        **args.model_kwargs,
+    }
+    if classes and arguments["num_classes"] < len(classes):
+        raise UserError(
+            f"--num-classes {arguments['num_classes']} is less than the {len(classes)} classes of the data."
+        )
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def build_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Module:
+    """Create the model with its initial weights."""
+    model = create_any(args.model, args.pretrained, arguments)
+    if args.initial_checkpoint:
+        report = load_checkpoint(model, args.initial_checkpoint, skip_head=args.skip_head, trust=args.trust_checkpoint)
+        _logger.info("%s: %s", args.initial_checkpoint, report)
+    if args.loadcheckpoint:
+        report = load_checkpoint(model, args.loadcheckpoint, strict=False, trust=args.trust_checkpoint)
+        _logger.info("%s: %s", args.loadcheckpoint, report)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    """Create a model; arguments that it does not take are a UserError."""
+    try:
+        return create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise UserError(f"{name}: {str(error).split('__init__() ')[-1]}.") from error
+
+
+@dataclass
+class Batches:
+    """Where batches come from, and how they look."""
+
+    train: loaders.TrainLoader
+    validation: Any
+    mixup: Mixup | None  # mixes on the training process; None if off or done while collating
+    config: dict[str, Any]  # timm's data config of validation
+
+
+def build_batches(
+    args: argparse.Namespace,
+    model: nn.Module,
+    train: Dataset,
+    validation: Dataset,
+    device: torch.device,
+    share: loaders.Share,
+) -> Batches:
+    """Create the loaders."""
+    config = resolve_data_config(vars(args), model=model)
+    # Worker processes are cheaper than the training process on a CPU; on a GPU, batches travel as bytes.
+    prefetch = (device.type != "cpu" or args.aug_splits > 1) and not args.no_prefetcher
+    mixup = None
+    if mixup_is_on(args):
+        mixup = (FastCollateMixup if prefetch else Mixup)(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=model.num_classes,
+        )
+    common = {
+        "workers": args.workers,
+        "device": device,
+        "share": share,
+        "prefetch": prefetch,
+        "pin_memory": args.pin_mem,
+    }
+    train_batches = loaders.train_loader(
+        train,
+        config,
+        {
+            "no_aug": args.no_aug,
+            "scale": args.scale,
+            "ratio": args.ratio,
+            "hflip": args.hflip,
+            "vflip": args.vflip,
+            "color_jitter": args.color_jitter,
+            "auto_augment": args.aa or None,
+            "interpolation": args.train_interpolation,
+            "re_prob": args.reprob,
+            "re_mode": args.remode,
+            "re_count": args.recount,
+        },
+        batch_size=args.batch_size,
+        seed=args.seed,
+        collate_mixup=mixup if prefetch else None,
+        aug_repeats=args.aug_repeats,
+        aug_splits=args.aug_splits,
+        erase_only_augmented=args.resplit,
+        epoch_repeats=args.epoch_repeats,
+        **common,
+    )
+    validation_batches = loaders.eval_loader(
+        validation, config, batch_size=args.validation_batch_size or args.batch_size, **common
+    )
+    return Batches(train_batches, validation_batches, None if prefetch else mixup, config)
+
+
+def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> ClassificationTask:
+    """Create the objective, with averaged weights if they are wanted."""
+    loss = {
+        "loss_type": "jsd" if args.jsd_loss else "bce" if args.bce_loss else "ce",
+        "smoothing": args.smoothing,
+        "soft_targets": mixup_is_on(args),
+        "bce_target_thresh": args.bce_target_thresh if args.bce_loss else None,
+        "jsd_splits": args.aug_splits,
+    }
+    options = {"criterion_kwargs": loss, "device": device, "verbose": False}
+    task = MesaTask(model, args.mesa, **options) if args.mesa else ClassificationTask(model, **options)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile)
+    if args.model_ema:
+        on_cpu = torch.device("cpu") if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, device=on_cpu)
+    return task
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model, **optimizer_kwargs(args))
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, batches: int, world_size: int) -> Any:
+    """Return timm's scheduler and the number of epochs, cool-down included.
+
+    The schedule moves with every optimizer step, except with --lr-ep and for plateau, which waits for scores.
+    """
+    if args.data_len:
+        batches = args.data_len // (args.batch_size * world_size)
+    steps = max(1, -(-batches // args.grad_accum_steps))
+    options = scheduler_kwargs(args) | {"step_on_epochs": args.lr_ep or args.sched == "plateau"}
+    return create_scheduler_v2(optimizer, updates_per_epoch=steps, **options)

@@ -1,0 +1,247 @@
+"""Batches of images whose order and augmentation depend on the seed, the epoch and the process only.
+
+Each image is augmented with random numbers of its own, derived from (seed, epoch, process, index), and the order of an
+epoch from (seed, epoch). So neither the number of workers nor an interruption changes what a run sees.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_loader, create_transform
+from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
+
+from mambavision.errors import UserError
+
+_DEFAULT_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the data that this process handles."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class SeededDataset(Dataset):
+    """Gives every sample its own random numbers."""
+
+    def __init__(self, dataset: Dataset, seed: int, rank: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.rank = rank
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive epochs
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        entropy = np.random.SeedSequence([self.seed, int(self.epoch), self.rank, index])
+        with contextlib.nullcontext() if get_worker_info() else _preserved_random_state():
+            seed = int(entropy.generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.random.default_generator.manual_seed(seed)
+            return self.dataset[index]
+
+
+@contextlib.contextmanager
+def _preserved_random_state() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class EpochSampler(Sampler):
+    """Repeats a sampler within an epoch, and can start at a later batch of it."""
+
+    def __init__(self, sampler: DistributedSampler | RepeatAugSampler, repeats: int, batch_size: int) -> None:
+        self.sampler = sampler
+        self.repeats = max(1, repeats)
+        self.batch_size = batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._whole_epoch(), self.first_batch * self.batch_size, None)
+
+    def _whole_epoch(self) -> Iterator[int]:
+        for repeat in range(self.repeats):
+            self.sampler.set_epoch(self.epoch * self.repeats + repeat)
+            yield from self.sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler) * self.repeats
+
+
+class TrainLoader:
+    """Batches of one process for one epoch after the other."""
+
+    def __init__(self, loader: DataLoader | PrefetchLoader, seeded: SeededDataset | None) -> None:
+        self.loader = loader
+        self._seeded = seeded
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (images, targets) of an epoch from `first_batch` on."""
+        if self._seeded is None:  # a stream of timm's, which counts epochs itself
+            self.loader.dataset.set_epoch(epoch)
+        else:
+            self._seeded.epoch.fill_(epoch)
+            self.loader.sampler.set_epoch(epoch, first_batch)
+        yield from self.loader
+
+    def stop_mixup(self) -> None:
+        """Switch off mixup that happens while collating; workers must start anew to notice."""
+        if isinstance(self.loader, PrefetchLoader) and self.loader.mixup_enabled:
+            self.loader.mixup_enabled = False
+            self.loader.loader._iterator = None
+
+
+def train_loader(
+    dataset: Dataset,
+    data_config: dict[str, Any],
+    augmentation: dict[str, Any],
+    *,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    share: Share,
+    seed: int,
+    prefetch: bool,
+    pin_memory: bool = False,
+    collate_mixup: FastCollateMixup | None = None,
+    aug_repeats: float = 0,
+    aug_splits: int = 0,
+    erase_only_augmented: bool = False,
+    epoch_repeats: int = 0,
+) -> TrainLoader:
+    """Return shuffled, augmented batches.
+
+    Args:
+        dataset: Images, without a transform yet.
+        data_config: timm's: input_size, mean, std.
+        augmentation: Arguments of timm's ``create_transform``; ``re_…`` for random erasing.
+        prefetch: Move and normalise batches on `device` ahead of their use.
+        collate_mixup: Mixes images while collating; only with `prefetch`.
+        aug_repeats: Copies of each image, augmented differently, spread over the processes.
+        aug_splits: Copies of each image in one batch: one clean, the others augmented.
+
+    Raises:
+        UserError: A batch is larger than the data.
+    """
+    if isinstance(dataset, IterableImageDataset):
+        return TrainLoader(
+            _stream(dataset, data_config, augmentation, batch_size, workers, device, share, prefetch), None
+        )
+    erase = {key: value for key, value in augmentation.items() if key.startswith("re_")}
+    erase["re_num_splits"] = (aug_splits or 2) if erase_only_augmented else 0
+    if aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=aug_splits)
+    dataset.transform = create_transform(
+        data_config["input_size"],
+        is_training=True,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        use_prefetcher=prefetch,
+        separate=aug_splits > 1,
+        **{**augmentation, **erase},
+    )
+    seeded = SeededDataset(dataset, seed, share.rank)
+    if aug_repeats:
+        sampler = RepeatAugSampler(dataset, share.world_size, share.rank, num_repeats=aug_repeats)
+    else:
+        sampler = DistributedSampler(dataset, share.world_size, share.rank, seed=seed)
+    loader = DataLoader(
+        seeded,
+        batch_size=batch_size,
+        sampler=EpochSampler(sampler, epoch_repeats, batch_size),
+        drop_last=True,
+        collate_fn=(collate_mixup or fast_collate) if prefetch else default_collate,
+        generator=torch.Generator(),  # keeps the loader's hands off the global random state
+        **_worker_options(workers, pin_memory),
+    )
+    if len(loader) == 0:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {len(loader.sampler)} training images of a process; lower it."
+        )
+    if prefetch:
+        loader = PrefetchLoader(
+            loader,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            channels=data_config["input_size"][0],
+            device=device,
+            **({} if augmentation.get("no_aug") else erase),
+        )
+    return TrainLoader(loader, seeded)
+
+
+def _stream(dataset, data_config, augmentation, batch_size, workers, device, share, prefetch) -> Any:
+    return create_loader(
+        dataset,
+        input_size=data_config["input_size"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        batch_size=batch_size,
+        is_training=True,
+        num_workers=_DEFAULT_WORKERS if workers is None else workers,
+        distributed=share.world_size > 1,
+        device=device,
+        use_prefetcher=prefetch,
+        **augmentation,
+    )
+
+
+def eval_loader(
+    dataset: Dataset,
+    data_config: dict[str, Any],
+    *,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    share: Share = Share(),
+    prefetch: bool,
+    pin_memory: bool = False,
+) -> DataLoader | PrefetchLoader:
+    """Return batches in order; processes get equally many, the last ones padded with images seen already."""
+    dataset.transform = create_transform(**data_config, use_prefetcher=prefetch)
+    streaming = isinstance(dataset, IterableImageDataset)
+    if streaming:
+        dataset.set_loader_cfg(num_workers=workers or _DEFAULT_WORKERS)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=None if streaming else OrderedDistributedSampler(dataset, share.world_size, share.rank),
+        collate_fn=fast_collate if prefetch else default_collate,
+        generator=torch.Generator(),
+        **_worker_options(workers, pin_memory),
+    )
+    if not prefetch:
+        return loader
+    channels = data_config["input_size"][0]
+    return PrefetchLoader(loader, data_config["mean"], data_config["std"], channels=channels, device=device)
+
+
+def _worker_options(workers: int | None, pin_memory: bool) -> dict[str, Any]:
+    if workers is None:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(_DEFAULT_WORKERS, usable)
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}

@@ -1,0 +1,399 @@
+"""Command lines and recipes of the classification programs.
+
+Imports nothing heavy, so that ``--help`` and a mistyped flag answer at once.
+
+A recipe is a flat YAML file whose keys are flags; it is turned into command-line words that stand before the real ones,
+so that types and choices are checked in one place and the command line wins. Flags may be spelled with ``-`` or ``_``.
+"""
+
+import argparse
+import ast
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Refused = dict[str, str]  # flag of the originals -> why it is not there and what to use
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that accepts ``_`` for ``-``, explains refused flags and names the nearest for unknown ones."""
+
+    def __init__(self, refused: Refused, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.refused = refused
+
+    def switch(self, *names: str, default: bool = False, help: str) -> None:
+        """Add a flag that a recipe can turn on and the command line off again, with ``--no-…``."""
+        self.add_argument(*names, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = [_hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in words:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag[2:] in self.refused:
+                self.error(f"{flag} is not available: {self.refused[flag[2:]]}")
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]!r}.{self.did_you_mean(unknown[0].split('=')[0])}")
+        return parsed
+
+    def did_you_mean(self, flag: str) -> str:
+        close = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.5)
+        return f" Did you mean {close[0]}?" if close else ""
+
+    def error(self, message: str) -> None:
+        """End with one sentence and status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def recipe_words(self, path: str) -> list[str]:
+        """Return the command-line words that stand for a YAML recipe."""
+        try:
+            recipe = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"{path}: cannot be read as a YAML recipe ({' '.join(str(error).split())})")
+        if not isinstance(recipe, dict):
+            self.error(f"{path}: a recipe is a list of `flag: value` lines")
+        return [word for key, value in recipe.items() for word in self._words(path, str(key), value)]
+
+    def _words(self, path: str, key: str, value: Any) -> list[str]:
+        flag = "--" + key.replace("_", "-")
+        if flag[2:] in self.refused:
+            if value in (None, False, ""):
+                return []
+            self.error(f"{path}: {key} is not available: {self.refused[flag[2:]]}")
+        action = self._option_string_actions.get(flag)
+        if action is None:
+            self.error(f"{path}: unknown key {key!r}.{self.did_you_mean(flag)}")
+        if value is None:
+            return []
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                self.error(f"{path}: {key} must be true or false, got {value!r}")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                return [flag if value else "--no-" + flag[2:]]
+            return [flag] if value else []
+        if isinstance(value, dict):
+            return [flag, *(f"{name}={item!r}" for name, item in value.items())]
+        if isinstance(value, list):
+            return [flag, *map(str, value)]
+        return [f"{flag}={value}"]
+
+
+def _hyphenated(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+class KeyValues(argparse.Action):
+    """``--flag a=1 b=2,3`` -> {"a": 1, "b": (2, 3)}; values are Python literals, or text if they are not."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = dict(getattr(namespace, self.dest) or {})
+        for value in values:
+            key, equals, text = value.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes name=value, got {value!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+_NO_EFFECT = "it never had an effect"
+
+TRAIN_REFUSED: Refused = {
+    "gp": f"{_NO_EFFECT}; use --model-kwargs global_pool=avg",
+    "img-size": f"{_NO_EFFECT}; use --input-size 3 HEIGHT WIDTH",
+    "fuser": f"{_NO_EFFECT}; use --torchcompile",
+    "aot-autograd": f"{_NO_EFFECT}; use --torchcompile",
+    "drop-connect": f"{_NO_EFFECT}; use --drop-path",
+    "drop-block": f"{_NO_EFFECT}; use --drop-path",
+    "bn-momentum": f"{_NO_EFFECT}; the models keep the normalisation of the released weights",
+    "bn-eps": f"{_NO_EFFECT}; the models keep the normalisation of the released weights",
+    "apex-amp": "Apex is no longer maintained; use --amp",
+    "ampere-sparsity": "it called a function that did not exist",
+    "torchscript": "TorchScript is deprecated in PyTorch and cannot script the operators; use --torchcompile",
+    "use-multi-epochs-loader": "the workers are always kept from epoch to epoch",
+    "worker-seeding": "every image has random numbers of its own, whatever the workers",
+    "tta": "it averaged the predictions of neighbouring images instead of augmented copies",
+}
+
+VALIDATE_REFUSED: Refused = {
+    "fuser": "it selected a TorchScript fuser; use --torchcompile",
+    "aot-autograd": "use --torchcompile aot_eager",
+    "amp-impl": "Apex is no longer maintained; use --amp",
+    "torchscript": "TorchScript is deprecated in PyTorch and cannot script the operators; use --torchcompile",
+    "fast-norm": "it replaces timm's own norm layers, which these models do not use",
+    "tf-preprocessing": "it needs TensorFlow, and none of these models was trained with it",
+}
+
+
+def train_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of train.py together with its recipe."""
+    parser = _train_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.add_argument("-c", "--config")
+    path = recipe.parse_known_args([_hyphenated(word) for word in argv])[0].config
+    return parser.parse_args((parser.recipe_words(path) if path else []) + argv)
+
+
+def _train_parser() -> Parser:
+    parser = Parser(TRAIN_REFUSED, description="Train an image classifier, on GPUs or on the CPU.")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; flags on the command line win")
+    _add_data_options(parser)
+    _add_model_options(parser)
+    _add_optimizer_options(parser)
+    _add_schedule_options(parser)
+    _add_augmentation_options(parser)
+    _add_averaging_options(parser)
+    _add_run_options(parser)
+    return parser
+
+
+def _add_data_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", help="folder with train/ and val/ (or validation/), each with a folder per class")
+    add("-d", "--dataset", default="", help="timm dataset type (torch/…, hfds/…, wds/…, tfds/…); empty: image folders")
+    add("--train-split", default="train", help="name of the training split, or its folder")
+    add("--val-split", default="validation", help="name of the validation split, or its folder")
+    parser.switch("--dataset-download", help="let timm download the dataset")
+    add("--class-map", default="", metavar="FILE", help="text file of class names in the order of their indices")
+    parser.switch("--lmdb-dataset", help="splits are the folders train and val")
+    add("--data-len", type=int, help="training images, for the schedule; default: counted")
+    parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
+    parser.switch("--exif-transpose", help="turn images upright by their EXIF tag")
+    add("-j", "--workers", type=int, help="data loading processes of each process; default: 8, or the CPUs if fewer")
+    parser.switch("--pin-mem", help="pin host memory of batches")
+    add("--no-prefetcher", action="store_true", help="normalise in the workers instead of on the GPU")
+    add("--epoch-repeats", type=int, default=0, help="passes over the data in one epoch")
+
+
+def _add_model_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", default="mamba_vision_T", help="any model of mambavision.list_models() or of timm")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="further model arguments")
+    parser.switch("--pretrained", help="start from the released weights")
+    add("--initial-checkpoint", default="", metavar="FILE", help="start from these weights, which must fit")
+    parser.switch("--skip-head", help="leave the classifier out of --initial-checkpoint")
+    add("--loadcheckpoint", default="", metavar="FILE", help="start from whatever in this file fits")
+    parser.switch("--trust-checkpoint", help="unpickle checkpoints without restriction: they can run any code")
+    add("--resume", default="", metavar="FILE|auto", help="continue a run; auto: the newest of this --tag, if any")
+    add("--no-resume-opt", action="store_true", help="resume the weights only")
+    add("--num-classes", type=int, help="default: counted in the data")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the model's")
+    add("--crop-pct", type=float, help="part of the image that validation crops; default: the model's")
+    add("--crop-mode", choices=["squash", "border", "center"], help="how validation crops; default: the model's")
+    add("--mean", type=float, nargs="+", help="pixel mean; default: the model's")
+    add("--std", type=float, nargs="+", help="pixel standard deviation; default: the model's")
+    add("--interpolation", default="", help="resizing in validation; default: the model's")
+    add("-b", "--batch-size", type=int, default=128, help="images in a batch of each process")
+    add("-vb", "--validation-batch-size", type=int, help="default: --batch-size")
+    parser.switch("--channels-last", help="channels-last memory layout")
+    parser.switch("--grad-checkpointing", help="recompute activations in the backward pass to save memory")
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    add("--drop-rate", type=float, help="dropout; default: the model's")
+    add("--attn-drop-rate", type=float, help="dropout of attention weights; default: the model's")
+    add("--drop-path", type=float, help="stochastic depth; default: the variant's")
+
+
+def _add_optimizer_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--opt", default="adamw", help="any of timm.optim.list_optimizers()")
+    add("--opt-eps", type=float, default=1e-8)
+    add("--opt-betas", type=float, nargs="+", default=[0.9, 0.999])
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip-grad", type=float, default=5.0, help="0: no clipping")
+    add("--clip-mode", default="norm", choices=["norm", "value", "agc"])
+    add("--layer-decay", type=float, help="learning rate factor from layer to layer")
+    add("--grad-accum-steps", type=int, default=1, help="batches for each optimizer step")
+
+
+def _add_schedule_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--sched", default="cosine", choices=["cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"])
+    parser.switch("--lr-ep", help="move the schedule every epoch instead of every step")
+    add("--lr", type=float, default=1e-3)
+    add("--lr-noise", type=float, nargs="+", help="epochs between which noise is added, as fractions")
+    add("--lr-noise-pct", type=float, default=0.67)
+    add("--lr-noise-std", type=float, default=1.0)
+    add("--lr-cycle-mul", type=float, default=1.0)
+    add("--lr-cycle-decay", type=float, default=1.0)
+    add("--lr-cycle-limit", type=int, default=1)
+    add("--lr-k-decay", type=float, default=1.0)
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--min-lr", type=float, default=5e-6)
+    add("--epochs", type=int, default=310, help="length of the schedule, warm-up included, cool-down not")
+    add("--start-epoch", type=int, help="overrides the epoch of --resume")
+    add("--decay-milestones", type=int, nargs="+", default=[30, 60])
+    add("--decay-epochs", type=float, default=100)
+    add("--warmup-epochs", type=int, default=20)
+    add("--cooldown-epochs", type=int, default=10, help="epochs at --min-lr after the schedule")
+    add("--patience-epochs", type=int, default=10)
+    add("--decay-rate", "--dr", type=float, default=0.1)
+
+
+def _add_augmentation_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--no-aug", action="store_true", help="resize and crop only")
+    add("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of random crops")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of random crops")
+    add("--hflip", type=float, default=0.5)
+    add("--vflip", type=float, default=0.0)
+    add("--color-jitter", type=float, default=0.4)
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; empty for none")
+    add("--aug-repeats", type=float, default=0)
+    add("--aug-splits", type=int, default=0)
+    parser.switch("--jsd-loss", help="Jensen-Shannon divergence between --aug-splits")
+    parser.switch("--bce-loss", help="binary cross entropy")
+    add("--bce-target-thresh", type=float)
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", choices=["const", "rand", "pixel"])
+    add("--recount", type=int, default=1)
+    parser.switch("--resplit", help="do not erase in the first augmentation split")
+    add("--mixup", type=float, default=0.8)
+    add("--cutmix", type=float, default=1.0)
+    add("--cutmix-minmax", type=float, nargs=2)
+    add("--mixup-prob", type=float, default=1.0)
+    add("--mixup-switch-prob", type=float, default=0.5)
+    add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"])
+    add("--mixup-off-epoch", type=int, default=0, help="0: never")
+    add("--smoothing", type=float, default=0.1)
+    add("--train-interpolation", default="random", choices=["random", "bilinear", "bicubic"])
+
+
+def _add_averaging_options(parser: Parser) -> None:
+    add = parser.add_argument
+    parser.switch("--sync-bn", help="batch statistics over all GPUs")
+    add("--dist-bn", default="reduce", choices=["broadcast", "reduce", ""], help="running statistics after an epoch")
+    parser.switch("--split-bn", help="batch statistics for each augmentation split")
+    add("--no-ddp-bb", action="store_true", help="do not broadcast buffers before every step")
+    parser.switch("--model-ema", help="keep an exponential moving average of the weights, and judge by it")
+    parser.switch("--model-ema-force-cpu", help="keep it in host memory; it is then not evaluated")
+    add("--model-ema-decay", type=float, default=0.9998)
+    add("--mesa", type=float, default=0.0, help="weight of self-distillation from the averaged weights")
+    add("--mesa-start-ratio", type=float, default=0.25, help="part of --epochs after which it starts")
+
+
+def _add_run_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--tag", default="exp", help="name of the run; used in output paths")
+    add("--output", default="", metavar="DIR", help="default: output/train/TAG")
+    add("--experiment", default="", help="folder below --output; default: date, model and size")
+    add("--log-dir", default="", metavar="DIR", help="TensorBoard files go to DIR_TAG; default: into the run's folder")
+    parser.switch("--log-wandb", help="log to Weights & Biases as well")
+    add("--eval-metric", default="top1", choices=["top1", "top5", "loss"], help="what decides the best checkpoint")
+    add("--checkpoint-hist", type=int, default=1, help="epochs kept besides the last and the best")
+    add("--no-saver", action="store_true", help="write no checkpoints")
+    add("--recovery-interval", type=int, default=0, help="steps between checkpoints inside an epoch; 0: none")
+    add("--log-interval", type=int, default=50, help="steps between log lines")
+    parser.switch("--save-images", help="write the batches of logged steps as pictures")
+    parser.switch("--validate-only", help="evaluate and stop")
+    add("--seed", type=int, default=42, help="the rank is added")
+    parser.switch("--deterministic", help="deterministic algorithms only")
+    add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
+    parser.switch("--amp", "--native-amp", help="mixed precision, on a GPU in float16 unless --bfloat")
+    parser.switch("--bfloat", help="bfloat16 in mixed precision")
+    add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; the environment has it too
+
+
+def validate_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of validate.py."""
+    parser = Parser(VALIDATE_REFUSED, description="Score image classifiers: top-1, top-5 and loss.")
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DIR", help="the same as --data-dir")
+    add("--data-dir", metavar="DIR", help="folder that holds the split, or whose class folders are the split")
+    add("--dataset", default="", help="timm dataset type; empty: image folders")
+    add("--split", default="validation")
+    parser.switch("--dataset-download", help="let timm download the dataset")
+    add("--class-map", default="", metavar="FILE", help="text file of class names in the order of their indices")
+    parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
+    _add_saved_model_options(parser)
+    add("--test-pool", action="store_true", help="pool over larger images than trained on as timm does")
+    add("--use-train-size", action="store_true", help="the training size of models that have a larger test size")
+    add("-b", "--batch-size", type=int, default=256)
+    add("-j", "--workers", type=int, help="data loading processes; default: 8, or the CPUs if fewer")
+    add("--no-prefetcher", action="store_true", help="normalise in the workers instead of on the GPU")
+    parser.switch("--pin-mem", help="pin host memory of batches")
+    add("--num-gpu", type=int, default=1, help="GPUs of this process; more processes by torchrun are faster")
+    add("--log-freq", type=int, default=10, help="batches between log lines")
+    add("--real-labels", metavar="FILE", help="ImageNet-ReaL JSON; its scores take the place of top-1 and top-5")
+    add("--valid-labels", metavar="FILE", help="text file of the class indices that predictions are restricted to")
+    add("--results-file", metavar="FILE", help="write the results there as well")
+    add("--results-format", default="csv", choices=["csv", "json"])
+    parser.switch("--retry", help="try again with a smaller batch when memory runs out")
+    return parser.parse_args(argv)
+
+
+def predict_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of predict.py."""
+    parser = Parser({}, description="Classify images; writes predictions.json, predictions.txt and contact sheets.")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or pattern such as 'photos/*.jpg'")
+    add("--out", default="predictions", metavar="DIR", help="folder to write to")
+    add("--topk", type=int, default=5, help="classes to list for each image")
+    add("--class-names", metavar="FILE", help="text file with a class name on each line; default: the checkpoint's")
+    add("--sheet-limit", type=int, default=100, help="images on contact sheets, spread evenly over the inputs")
+    parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
+    _add_saved_model_options(parser)
+    add("-b", "--batch-size", type=int, default=32)
+    return parser.parse_args(argv)
+
+
+def _add_saved_model_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("-m", "--model", help="name, pattern, 'all', or a text file of names; default: the checkpoint's")
+    add("--checkpoint", default="", metavar="FILE", help="weights; default: the released ones")
+    parser.switch("--pretrained", help="use the released weights")
+    parser.switch("--use-ema", help="use the averaged weights of the checkpoint")
+    parser.switch("--trust-checkpoint", help="unpickle the checkpoint without restriction: it can run any code")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="further model arguments")
+    add("--num-classes", type=int, help="default: the checkpoint's, or the model's")
+    add("--in-chans", type=int, help="channels of the images; default: the model's")
+    add("--gp", help="global pooling; default: the model's")
+    add("--img-size", type=int, help="height and width; default: the model's")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the model's")
+    add("--crop-pct", type=float, help="part of the image that is cropped; default: the model's")
+    add("--crop-mode", choices=["squash", "border", "center"], help="default: the model's")
+    add("--mean", type=float, nargs="+", help="pixel mean; default: the model's")
+    add("--std", type=float, nargs="+", help="pixel standard deviation; default: the model's")
+    add("--interpolation", default="", help="resizing; default: the model's")
+    parser.switch("--exif-transpose", default=None, help="turn images upright by EXIF; default: as in training")
+    add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
+    parser.switch("--amp", help="mixed precision")
+    add("--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
+    parser.switch("--channels-last", help="channels-last memory layout")
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+
+
+def throughput_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of throughput.py."""
+    parser = Parser(
+        {},
+        description="Time models side by side: images a second, latency, memory, parameters and multiply-accumulates.",
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", default=["mamba_vision_T"], metavar="NAME", help="models of this package or of timm")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="arguments of all models")
+    add("--resolution", "--img-size", type=int, help="height and width; default: each model's own")
+    add("-b", "--batch-size", "--bs", type=int, default=128)
+    add("--rounds", type=int, default=20, help="timed rounds; in each, every model has its turn")
+    add("--iterations", type=int, default=0, help="forwards in a turn; 0: about half a second's worth")
+    add("--warmup", type=int, default=3, help="forwards of every model before the timing")
+    parser.switch("--train", help="time forward, backward and loss instead of inference")
+    parser.switch("--channels-last", "--channel-last", help="channels-last memory layout")
+    parser.switch("--amp", help="mixed precision")
+    add("--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the models")
+    add("--threads", type=int, help="CPU threads")
+    add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
+    add("--json", metavar="FILE", help="write the figures there as well")
+    return parser.parse_args(argv)

@@ -1,0 +1,195 @@
+"""What a run tells: log lines, a progress bar on a terminal, TensorBoard, Weights & Biases, summary and curves."""
+
+import csv
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.utils.summary import trim_summary, update_summary
+
+from engine.run import SUMMARY
+from mambavision.checkpoint import replacing
+from mambavision.errors import UserError
+
+CURVES = "curves.png"
+_CURVES_EVERY_SECONDS = 60.0
+_BAR_TEXT_EVERY_SECONDS = 0.5
+
+_console = Console()
+_logger = logging.getLogger("engine")
+
+
+def start_logging(is_first: bool) -> None:
+    """Show log lines: coloured above the progress bar on a terminal, plain otherwise; only warnings of other ranks."""
+    if sys.stdout.isatty():
+        handler: logging.Handler = RichHandler(console=_console, show_path=False, show_level=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(_line_format())
+    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, handlers=[handler], force=True)
+    for noisy in ("httpx", "matplotlib", "PIL", "timm"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _line_format() -> logging.Formatter:
+    return logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class ProgressLine:
+    """Progress of one pass over the data: a bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, name: str, total: int, interval: int, done: int = 0) -> None:
+        self.name = name
+        self.total = total
+        self.interval = max(1, interval)
+        self.done = self._done_at_start = done
+        self._started = time.monotonic()
+        self._bar = self._task = None
+        self._described = 0.0
+        if sys.stdout.isatty():
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            self._bar = Progress(*columns, console=_console, transient=True)
+            self._task = self._bar.add_task(name, total=total, completed=done)
+            self._bar.start()
+
+    def step(self, describe: Callable[[], str]) -> bool:
+        """Count one batch; return whether it was logged. `describe` may be costly and is called only when it shows."""
+        self.done += 1
+        is_logged = self.done % self.interval == 0 or self.done == self.total
+        if self._bar is not None:
+            if is_logged or time.monotonic() - self._described > _BAR_TEXT_EVERY_SECONDS:
+                self._described = time.monotonic()
+                self._bar.update(self._task, description=f"{self.name}  {describe()}")
+            self._bar.advance(self._task)
+        elif is_logged:
+            remaining = _duration(self._remaining())
+            _logger.info("%s [%d/%d] %s  ETA %s", self.name, self.done, self.total, describe(), remaining)
+        return is_logged
+
+    def _remaining(self) -> float:
+        elapsed = time.monotonic() - self._started
+        return elapsed / max(1, self.done - self._done_at_start) * (self.total - self.done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextmanager
+def progress(
+    name: str, total: int, interval: int, is_first: bool = True, done: int = 0
+) -> Iterator[ProgressLine | None]:
+    """Yield a `ProgressLine` on the first process and None on the others."""
+    line = ProgressLine(name, total, interval, done) if is_first else None
+    try:
+        yield line
+    finally:
+        if line is not None:
+            line.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class RunReport:
+    """Writes the outcome of every epoch to the run's folder."""
+
+    def __init__(
+        self, folder: Path, log_dir: Path, first_epoch: int, settings: Mapping[str, Any], use_wandb: bool
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.folder = folder
+        trim_summary(str(folder / SUMMARY), first_epoch)
+        self._writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
+        self._wandb = _start_wandb(folder, settings) if use_wandb else None
+        self._curves_drawn = time.monotonic()
+        log_file = logging.FileHandler(folder / "train.log")
+        log_file.setFormatter(_line_format())
+        logging.getLogger().addHandler(log_file)
+
+    def epoch(
+        self,
+        epoch: int,
+        train: Mapping[str, float],
+        validation: Mapping[str, float],
+        averaged: Mapping[str, float] | None,
+        lr: float,
+    ) -> None:
+        """Record an epoch; the averaged weights' scores take the place of the raw ones in the summary."""
+        judged = averaged or validation
+        update_summary(epoch, train, judged, str(self.folder / SUMMARY), lr=lr)
+        scalars = {
+            "perf/test_acc1": validation["top1"],
+            "perf/test_loss": validation["loss"],
+            "perf/train_loss": train["loss"],
+            "perf/lr": lr,
+        }
+        if averaged:
+            scalars |= {"perf/test_acc1_ema": averaged["top1"], "perf/test_loss_ema": averaged["loss"]}
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log({"epoch": epoch, **scalars})
+        if time.monotonic() - self._curves_drawn > _CURVES_EVERY_SECONDS:
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        draw_curves(self.folder / SUMMARY, self.folder / CURVES)
+        self._curves_drawn = time.monotonic()
+
+    def close(self) -> None:
+        if (self.folder / SUMMARY).exists():
+            self.draw_curves()
+        self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--log-wandb needs the package wandb: pip install wandb.") from None
+    return wandb.init(project="mamba-vision-backbones", name=folder.name, dir=str(folder), config=dict(settings))
+
+
+def draw_curves(summary: Path, picture: Path) -> None:
+    """Draw loss, accuracy and learning rate over the epochs of a summary."""
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import MaxNLocator
+
+    with summary.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) for row in rows]
+    panels = [
+        ("loss", {"training": "train_loss", "validation": "eval_loss"}),
+        ("accuracy (%)", {"top-1": "eval_top1", "top-5": "eval_top5"}),
+        ("learning rate", {"": "lr"}),
+    ]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (label, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name, column in curves.items():
+            axes.plot(epochs, [float(row[column]) for row in rows], label=name, marker="." if len(rows) < 40 else "")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend()
+    best = max(rows, key=lambda row: float(row["eval_top1"]))
+    figure.suptitle(f"{summary.parent.name}: best top-1 {float(best['eval_top1']):.2f} % in epoch {best['epoch']}")
+    with replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=100)

@@ -1,0 +1,84 @@
+"""Opening a classifier as it was trained: model, weights, preprocessing and class names from one checkpoint."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from engine.build import create_any
+from mambavision.checkpoint import load_weights, read_checkpoint
+from mambavision.errors import UserError
+
+
+@dataclass
+class Classifier:
+    """A model with what is needed to use it."""
+
+    name: str
+    model: nn.Module
+    data_config: dict[str, Any]  # timm's: input_size, mean, std, crop_pct, crop_mode, interpolation
+    classes: list[str] | None  # None if the checkpoint does not name them
+    exif_transpose: bool
+
+
+def open_classifier(
+    args: argparse.Namespace, name: str | None, checkpoint: str, device: torch.device, *, exif_default: bool
+) -> Classifier:
+    """Create a model and load its weights.
+
+    Options win over what the checkpoint says, and the checkpoint over the model's defaults.
+
+    Args:
+        args: Options of validate.py or predict.py.
+        name: Model name; None to take the checkpoint's.
+        checkpoint: Path; empty for the released weights.
+        exif_default: Whether to turn images upright if neither options nor checkpoint say.
+    """
+    saved = read_checkpoint(checkpoint, args.trust_checkpoint) if checkpoint else {}
+    name = name or saved.get("arch")
+    if not isinstance(name, str):
+        raise UserError(f"{checkpoint or 'no checkpoint'}: does not name its model; give it with --model.")
+    own = saved.get("model_kwargs", {}) if name == saved.get("arch") else {}
+    options = {
+        "num_classes": args.num_classes,
+        "in_chans": args.input_size[0] if args.input_size else args.in_chans,
+        "global_pool": args.gp,
+        **args.model_kwargs,
+    }
+    arguments = own | {key: value for key, value in options.items() if value is not None}
+    model = create_any(name, pretrained=not checkpoint, arguments=arguments)
+    if checkpoint:
+        load_weights(model, saved, checkpoint, ema=args.use_ema)
+
+    given = {key: getattr(args, key) for key in ("input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")}
+    config = saved.get("data_config", {}) | {key: value for key, value in given.items() if value}
+    if args.img_size:
+        channels = config.get("input_size", model.pretrained_cfg["input_size"])[0]
+        config["input_size"] = (channels, args.img_size, args.img_size)
+    use_test_size = not getattr(args, "use_train_size", False)
+    data_config = resolve_data_config(config, model=model, use_test_size=use_test_size)
+
+    exif = args.exif_transpose
+    if exif is None:
+        exif = saved.get("exif_transpose", exif_default)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=memory_format).eval()
+    return Classifier(name, model, data_config, saved.get("classes"), exif)
+
+
+def mixed_precision(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Return the context in which to run the model."""
+    if not args.amp:
+        return nullcontext
+    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, amp_dtype_name(args, device)))
+
+
+def amp_dtype_name(args: argparse.Namespace, device: torch.device) -> str:
+    """Return the reduced precision of --amp: float16 is slow on CPUs."""
+    return args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16")

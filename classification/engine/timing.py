@@ -1,0 +1,197 @@
+"""throughput.py's work: models timed in turn, so that their ratios hold even when the machine's speed drifts."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from engine.build import create_any
+from engine.saved import amp_dtype_name, mixed_precision
+from mambavision.checkpoint import replacing
+from mambavision.complexity import Complexity, complexity
+from mambavision.launch import pick_device, this_process
+
+_SECONDS_PER_TURN = 0.5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model's row of the table; medians over the rounds."""
+
+    model: str
+    input_size: tuple[int, int, int]
+    batch_size: int
+    images_per_second: float
+    latency_ms: float  # of a batch
+    ratio: float  # images a second against the first model, round by round
+    memory_mib: float | None  # peak while it ran, beyond what was held before; None where it cannot be measured
+    params_m: float
+    gmacs: float
+    gmacs_attention: float
+    gmacs_scan: float
+
+
+@dataclass
+class _Contestant:
+    name: str
+    input_size: tuple[int, int, int]
+    counts: Complexity
+    run: Callable[[], object]
+    iterations: int = 1
+    memory_mib: float | None = None
+
+    def turn(self, device: torch.device) -> float:
+        """Return the seconds of one run, from a turn of several."""
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(self.iterations):
+            self.run()
+        _synchronize(device)
+        return (time.perf_counter() - started) / self.iterations
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Time the models of the options, print a table, and write JSON if asked."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device, this_process())
+    contestants = [_contestant(args, name, device) for name in args.model]
+    for contestant in contestants:
+        contestant.memory_mib = _peak_memory(contestant.run, device)
+        for _ in range(args.warmup):
+            contestant.run()
+        contestant.iterations = args.iterations or max(1, round(_SECONDS_PER_TURN / contestant.turn(device)))
+    seconds: list[list[float]] = [[contestant.turn(device) for contestant in contestants] for _ in range(args.rounds)]
+    timings = [_timing(args, contestant, index, seconds) for index, contestant in enumerate(contestants)]
+    setting = _setting(args, device)
+    _print_table(timings, setting)
+    if args.json:
+        with replacing(args.json) as file:
+            file.write(json.dumps({**setting, "results": [asdict(timing) for timing in timings]}, indent=2).encode())
+
+
+def _contestant(args: argparse.Namespace, name: str, device: torch.device) -> _Contestant:
+    model = create_any(name, pretrained=False, arguments=args.model_kwargs)
+    channels, height, width = model.pretrained_cfg["input_size"]
+    input_size = (channels, args.resolution or height, args.resolution or width)
+    counts = complexity(model, input_size)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=memory_format).train(args.train)
+    images = torch.randn(args.batch_size, *input_size, device=device).to(memory_format=memory_format)
+    autocast = mixed_precision(args, device)
+    forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+    run = _training_run(model, forward, images, autocast) if args.train else _inference_run(forward, images, autocast)
+    return _Contestant(name, input_size, counts, run)
+
+
+def _inference_run(forward: Callable[[Tensor], Tensor], images: Tensor, autocast: Callable) -> Callable[[], Tensor]:
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with autocast():
+            return forward(images)
+
+    return run
+
+
+def _training_run(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, autocast: Callable
+) -> Callable[[], None]:
+    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def run() -> None:
+        model.zero_grad()
+        with autocast():
+            loss = nn.functional.cross_entropy(forward(images), targets)
+        loss.backward()
+
+    return run
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+    """Return the MiB that one run needs beyond what is held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        before = _resident_mib("VmRSS")
+        run()
+        return _resident_mib("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _resident_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+
+def _timing(args: argparse.Namespace, contestant: _Contestant, index: int, seconds: list[list[float]]) -> Timing:
+    latency = statistics.median(turns[index] for turns in seconds)
+    return Timing(
+        model=contestant.name,
+        input_size=contestant.input_size,
+        batch_size=args.batch_size,
+        images_per_second=args.batch_size / latency,
+        latency_ms=1e3 * latency,
+        ratio=statistics.median(turns[0] / turns[index] for turns in seconds),
+        memory_mib=contestant.memory_mib,
+        params_m=contestant.counts.params / 1e6,
+        gmacs=contestant.counts.gmacs,
+        gmacs_attention=contestant.counts.gmacs_attention,
+        gmacs_scan=contestant.counts.gmacs_scan,
+    )
+
+
+def _setting(args: argparse.Namespace, device: torch.device) -> dict[str, str | int | bool]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "precision": amp_dtype_name(args, device) if args.amp else "float32",
+        "channels_last": args.channels_last,
+        "torchcompile": args.torchcompile or "off",
+        "mode": "training" if args.train else "inference",
+        "rounds": args.rounds,
+    }
+
+
+def _print_table(timings: list[Timing], setting: dict[str, str | int | bool]) -> None:
+    table = Table(title=", ".join(f"{key} {value}" for key, value in setting.items()), title_justify="left")
+    table.add_column("model", no_wrap=True)
+    figures = ("images/s", "ms/batch", "ratio", "memory MiB", "params M", "GMACs", "+ attention", "+ scan")
+    for heading in ("size", "batch", *figures):
+        table.add_column(heading, justify="right")
+    for row in timings:
+        table.add_row(
+            row.model,
+            f"{row.input_size[1]}x{row.input_size[2]}",
+            str(row.batch_size),
+            f"{row.images_per_second:.1f}",
+            f"{row.latency_ms:.2f}",
+            f"{row.ratio:.2f}",
+            "-" if row.memory_mib is None else f"{row.memory_mib:.0f}",
+            f"{row.params_m:.2f}",
+            f"{row.gmacs:.2f}",
+            f"{row.gmacs_attention:.3f}",
+            f"{row.gmacs_scan:.3f}",
+        )
+    Console(width=None if Console().is_terminal else 140).print(table)

@@ -1,0 +1,6 @@
+"""Mamba vision backbones. Importing this package registers its models with timm."""
+
+from mambavision.checkpoint import load_checkpoint, save_checkpoint
+from mambavision.factory import create_model, list_models
+
+__all__ = ["create_model", "list_models", "load_checkpoint", "save_checkpoint"]

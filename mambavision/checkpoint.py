@@ -1,0 +1,370 @@
+"""Reading every layout of weights that the originals wrote, safely, and writing files that are never half there.
+
+Pickles are read by torch's restricted unpickler only. The few harmless classes found in released and training
+checkpoints are admitted by name; anything else is refused unless the caller says that the file is trusted.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import pathlib
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from mambavision.errors import CheckpointError, OutputError
+
+_logger = logging.getLogger(__name__)
+
+# Where checkpoints keep weights, in the order in which the originals look.
+WEIGHT_KEYS = ("state_dict", "model")
+EMA_KEYS = ("state_dict_ema", "model_ema")
+
+# In front of the model's own keys: DistributedDataParallel, torch.compile, the hub's classification class, an encoder
+# with its decoder, an OpenMMLab detector or segmentor.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
+
+# What the readers raise for files that are cut short or altered.
+_DAMAGE = (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile)
+
+_SAFE_CLASSES = [
+    argparse.Namespace,
+    pathlib.Path,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    pathlib.WindowsPath,
+    pathlib.PureWindowsPath,
+    np.dtype,
+    np.ndarray,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+    type(np.dtype(np.int32)),
+    type(np.dtype(np.uint32)),
+    type(np.dtype(np.bool_)),
+]
+
+
+def _safe_globals() -> list:
+    scalar = np._core.multiarray.scalar
+    reconstruct = np._core.multiarray._reconstruct
+    return [
+        *_SAFE_CLASSES,
+        # numpy pickles name these functions by the module path of the numpy that wrote them
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+    ]
+
+
+def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU.
+
+    Args:
+        path: A safetensors file, or anything written by ``torch.save``.
+        trust: Unpickle without restriction. That lets the file run any code: only for files whose author you trust.
+
+    Returns:
+        The dictionary in the file.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, not a checkpoint at all, or holds objects that are not
+            admitted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pth.tar, .pth or .safetensors).")
+    with path.open("rb") as file:
+        head = file.read(512)
+    _refuse_other_content(path, head)
+    try:
+        _verify_checksums(path)
+        if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+            return safetensors.torch.load_file(path, device="cpu")
+        content = _unpickle(path, trust)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because it holds objects other than weights and plain settings "
+            f"({_unsafe_names(path, error)}); if you trust its author, allow it with trust=True (--trust-checkpoint)."
+        ) from error
+    except (*_DAMAGE, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_line(error)}); "
+            "download or copy it again."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights.")
+    return dict(content)
+
+
+def _refuse_other_content(path: Path, head: bytes) -> None:
+    start = head.lstrip().lower()
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; download or copy it again.")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path}: is a web page, not a checkpoint; the download link probably needs a login.")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`.")
+
+
+def _verify_checksums(path: Path) -> None:
+    """torch.load takes flipped bits for weights; the zip archive that torch.save writes knows better."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} does not match its checksum")
+
+
+def _unpickle(path: Path, trust: bool) -> Any:
+    if trust:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    with torch.serialization.safe_globals(_safe_globals()):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unsafe_names(path: Path, error: Exception) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError, pickle.UnpicklingError):  # only zip files can be listed
+        names = []
+    return ", ".join(names) if names else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def extract_state_dict(
+    checkpoint: Mapping[str, Any], ema: bool = False, source: str = "checkpoint"
+) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint.
+
+    Args:
+        checkpoint: Content of a checkpoint: weights under ``state_dict`` or ``model``, or the weights themselves.
+        ema: Take the exponential moving average of the weights instead.
+        source: Name of the checkpoint for messages.
+
+    Raises:
+        CheckpointError: No weights there, or no average when it is asked for.
+    """
+    if ema:
+        found = next((checkpoint[key] for key in EMA_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+        if found is None:
+            raise CheckpointError(f"{source}: has no averaged weights ({' or '.join(EMA_KEYS)}); load it without EMA.")
+    else:
+        found = next((checkpoint[key] for key in WEIGHT_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
+    state_dict = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    if not state_dict:
+        raise CheckpointError(f"{source}: has no weights inside; its entries are {_some(checkpoint)}.")
+    return state_dict
+
+
+def without_prefixes(state_dict: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Remove prefixes of wrappers and of larger models from the keys until some of them are keys of the model.
+
+    Args:
+        state_dict: Weights as found in a file.
+        own: Keys of the model they are meant for.
+    """
+    own = set(own)
+    while own.isdisjoint(state_dict):
+        prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state_dict)), None)
+        if prefix is None:
+            break
+        below = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if left_out := len(state_dict) - len(below):
+            _logger.info("took the %d entries below %r and left out %d others", len(below), prefix, left_out)
+        state_dict = below
+    return state_dict
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_checkpoint` did: names of entries that found no counterpart."""
+
+    loaded: int
+    missing: tuple[str, ...]  # in the model, not in the file
+    unexpected: tuple[str, ...]  # in the file, not in the model
+    reshaped: tuple[str, ...]  # in both, with different shapes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.loaded} entries loaded, {len(self.missing)} missing ({_some(self.missing)}), "
+            f"{len(self.unexpected)} unexpected ({_some(self.unexpected)}), "
+            f"{len(self.reshaped)} of another shape ({_some(self.reshaped)})"
+        )
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    strict: bool = True,
+    ema: bool = False,
+    skip_head: bool = False,
+    trust: bool = False,
+) -> LoadReport:
+    """Load weights into a model; nothing is changed unless all of them fit.
+
+    Args:
+        model: The model, built with the same hyper-parameters as the one in the file.
+        path: Checkpoint in any layout the originals wrote: weights under ``state_dict`` or ``model`` or bare; keys
+            prefixed with ``module.``, ``encoder.`` or the hub's ``model.``; torch.save or safetensors.
+        strict: Every key of the model must be in the file and the other way round. If False, whatever fits in name
+            and shape is loaded.
+        ema: Load the averaged weights (``state_dict_ema``).
+        skip_head: Keep the model's own classifier, for a different number of classes.
+        trust: See `read_checkpoint`.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit.
+    """
+    return load_weights(model, read_checkpoint(path, trust), str(path), strict=strict, ema=ema, skip_head=skip_head)
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    *,
+    strict: bool = True,
+    ema: bool = False,
+    skip_head: bool = False,
+) -> LoadReport:
+    """Do what `load_checkpoint` does with the content of a file read before; `source` names it in messages."""
+    state_dict = without_prefixes(extract_state_dict(checkpoint, ema, source), model.state_dict())
+    return _load(model, state_dict, source, strict=strict, skip_head=skip_head)
+
+
+def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Load released weights into a model that may have other classes or input channels.
+
+    The classifier is left at its initialisation when the number of classes differs, and the first convolution is
+    averaged or repeated over channels as timm does.
+    """
+    config = model.pretrained_cfg
+    state_dict = without_prefixes(extract_state_dict(read_checkpoint(path), source=str(path)), model.state_dict())
+    first = config["first_conv"] + ".weight"
+    channels = model.get_parameter(first).shape[1]
+    if first in state_dict and state_dict[first].shape[1] != channels:
+        state_dict[first] = adapt_input_conv(channels, state_dict[first])
+    new_head = model.num_classes != config["num_classes"]
+    if new_head:
+        _logger.warning(
+            "released weights are for %d classes: the classifier for %d starts untrained",
+            config["num_classes"],
+            model.num_classes,
+        )
+    return _load(model, state_dict, str(path), strict=True, skip_head=new_head)
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, strict: bool, skip_head: bool) -> LoadReport:
+    own = model.state_dict()
+    head = _head_keys(model)
+    if skip_head:
+        state_dict = {key: value for key, value in state_dict.items() if key not in head}
+    # Files of old torch versions have no batch counters; they play no part in the numbers.
+    expected = [key for key in own if not key.endswith("num_batches_tracked") and not (skip_head and key in head)]
+    fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
+    report = LoadReport(
+        loaded=len(fitting),
+        missing=tuple(key for key in expected if key not in state_dict),
+        unexpected=tuple(key for key in state_dict if key not in own),
+        reshaped=tuple(key for key in state_dict if key in own and key not in fitting),
+    )
+    if strict and (report.missing or report.unexpected or report.reshaped):
+        raise CheckpointError(f"{source}: {_why_not(report, own, state_dict, head)}")
+    if not fitting:
+        raise CheckpointError(f"{source}: none of its {len(state_dict)} entries fits the model.")
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _head_keys(model: nn.Module) -> set[str]:
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    return {f"{classifier}.weight", f"{classifier}.bias"}
+
+
+def _why_not(report: LoadReport, own: dict[str, Tensor], state_dict: dict[str, Tensor], head: set[str]) -> str:
+    if report.reshaped and set(report.reshaped) <= head and not (report.missing or report.unexpected):
+        theirs, ours = (weights[report.reshaped[0]].shape[0] for weights in (state_dict, own))
+        return (
+            f"its classifier has {theirs} classes, the model has {ours}; build the model with num_classes={theirs}, "
+            "or keep the model's own classifier with skip_head=True (--skip-head)."
+        )
+    return f"is of another model: {report}; the file has {len(state_dict)} entries, the model {len(own)}."
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "") if names else "none"
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write a checkpoint so that `path` always holds a complete file: the previous one or the new one.
+
+    Weights only (a flat dictionary of tensors) and a path ending in ``.safetensors`` give a safetensors file, anything
+    else one for ``torch.load``.
+
+    Raises:
+        OutputError: The file cannot be written; names the path and the free space. Nothing is left behind.
+    """
+    write = _write_safetensors if str(path).endswith(".safetensors") else torch.save
+    with replacing(path) as file:
+        write(dict(checkpoint), file)
+
+
+def _write_safetensors(tensors: dict[str, Tensor], file: io.BufferedWriter) -> None:
+    file.write(safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()}))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """Open a temporary binary file that takes the place of `path` only once it is complete and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path}: cannot be written ({reason}); {_free_space(path.parent)}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _free_space(directory: Path) -> str:
+    existing = next(parent for parent in (directory, *directory.resolve().parents) if parent.exists())
+    return f"{shutil.disk_usage(existing).free:,} bytes are free in {existing}"

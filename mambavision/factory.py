@@ -1,0 +1,59 @@
+"""Creating and listing models by name, on timm's registry."""
+
+import os
+from typing import Any
+
+import timm
+from torch import nn
+
+from mambavision import models
+from mambavision.checkpoint import load_checkpoint
+from mambavision.errors import UserError, nearest
+
+# timm files a model under the last part of the module that registered it.
+_MODULES = [getattr(models, name).__module__.rpartition(".")[-1] for name in models.__all__]
+
+
+def list_models(filter: str | list[str] = "", **kwargs: Any) -> list[str]:
+    """Return the names of this package's models, in natural order.
+
+    Args:
+        filter: Wildcards as in ``mamba_vision*``.
+        **kwargs: Passed on to ``timm.list_models``, for example ``pretrained=True``.
+    """
+    return timm.list_models(filter, module=_MODULES, **kwargs)
+
+
+def create_model(
+    name: str, pretrained: bool = False, checkpoint_path: str | os.PathLike | None = None, **kwargs: Any
+) -> nn.Module:
+    """Create a model of this package, or any other that timm knows.
+
+    Args:
+        name: Registered name; `list_models` gives this package's.
+        pretrained: Load the released weights, downloaded once into the Hugging Face cache.
+        checkpoint_path: Load these weights instead, strictly (`mambavision.load_checkpoint`).
+        **kwargs: Passed on to the model, for example ``num_classes``, ``in_chans``, ``drop_path_rate``, or
+            ``features_only`` with ``out_indices``.
+
+    Raises:
+        UserError: No model has that name; names the nearest.
+        CheckpointError: The weights cannot be loaded.
+    """
+    check_model_name(name)
+    features_only = kwargs.pop("features_only", False)
+    if checkpoint_path and features_only:
+        raise UserError(
+            f"{name}: checkpoint_path and features_only do not go together: features lack the classifier that the file "
+            "holds; create the whole model and call forward_intermediates, or load with strict=False."
+        )
+    model = timm.create_model(name, pretrained=pretrained, features_only=features_only or None, **kwargs)
+    if checkpoint_path:
+        load_checkpoint(model, checkpoint_path)
+    return model
+
+
+def check_model_name(name: str) -> None:
+    """Raise a UserError that names the nearest model if timm's registry does not have `name`."""
+    if ":" not in name and not timm.is_model(name.split(".")[0]):  # hf-hub:… and local-dir:… are timm's to resolve
+        raise UserError(f"unknown model {name!r}.{nearest(name, list_models()) or nearest(name, timm.list_models())}")

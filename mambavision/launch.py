@@ -1,0 +1,103 @@
+"""How this process was started: alone, by torchrun (or torch.distributed.launch), or by Slurm's srun."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed
+
+from mambavision.errors import UserError
+
+Launcher = Literal["none", "pytorch", "slurm"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all those of the program."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    launcher: Launcher = "none"
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def this_process(environment: Mapping[str, str] = os.environ) -> Process:
+    """Read rank and world size from the variables of torchrun or, failing that, of a Slurm step.
+
+    The batch script of a Slurm job also sees SLURM_PROCID and SLURM_NTASKS, but is a single process: only a numbered
+    step (srun) with several tasks counts.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        local_rank = int(environment.get("LOCAL_RANK", 0))
+        return Process(int(environment["RANK"]), local_rank, int(environment["WORLD_SIZE"]), "pytorch")
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit() and tasks > 1:
+        return Process(int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"]), tasks, "slurm")
+    return Process()
+
+
+def set_rendezvous(process: Process, environment: dict[str, str] | os._Environ = os.environ) -> None:
+    """Set the variables by which torch.distributed's processes find each other, where srun leaves them unset."""
+    if process.launcher != "slurm":
+        return
+    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    identity = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
+    environment.setdefault("MASTER_PORT", str(20000 + identity % 20000))
+    environment.update(RANK=str(process.rank), LOCAL_RANK=str(process.local_rank), WORLD_SIZE=str(process.world_size))
+
+
+def _first_host(node_list: str) -> str:
+    """``gpu[03-05,9],cpu1`` -> ``gpu03``"""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", node_list)
+    return match[1] + (match[2] or "")
+
+
+def pick_device(name: str, process: Process) -> torch.device:
+    """Return the device of this process: `name`, or a GPU if there is one, or the CPU.
+
+    Raises:
+        UserError: The device is not there.
+    """
+    kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device; use cuda, cuda:1, cpu, ...") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise UserError(f"--device {name}: no GPU is visible to PyTorch here; use --device cpu.")
+        if process.is_distributed and device.index is None:
+            device = torch.device("cuda", process.local_rank % count)
+        elif device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
+    return device
+
+
+def join(process: Process, device: torch.device) -> None:
+    """Join the process group, if there is more than one process."""
+    if process.is_distributed:
+        set_rendezvous(process)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_bound(device))
+
+
+def _bound(device: torch.device) -> torch.device | None:
+    return device if device.type == "cuda" else None
+
+
+def leave(process: Process) -> None:
+    """Leave the process group."""
+    if process.is_distributed:
+        torch.distributed.destroy_process_group()
