@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,7 @@ EMA_KEYS = ("state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 
 # What the readers raise for files that are cut short or altered.
-_DAMAGE = (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile)
+_DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, zipfile.BadZipFile)
 
 _SAFE_CLASSES = [
     argparse.Namespace,
@@ -99,7 +100,7 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, because it holds objects other than weights and plain settings "
-            f"({_unsafe_names(path, error)}); if you trust its author, allow it with trust=True (--trust-checkpoint)."
+            f"({_refused_names(error)}); if you trust its author, allow it with trust=True (--trust-checkpoint)."
         ) from error
     except (*_DAMAGE, safetensors.SafetensorError) as error:
         raise CheckpointError(
@@ -137,12 +138,9 @@ def _unpickle(path: Path, trust: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _unsafe_names(path: Path, error: Exception) -> str:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, ValueError, pickle.UnpicklingError):  # only zip files can be listed
-        names = []
-    return ", ".join(names) if names else _first_line(error)
+def _refused_names(error: pickle.UnpicklingError) -> str:
+    names = re.findall(r"GLOBAL (\S+)|class '(\S+)'", str(error))
+    return ", ".join(dict.fromkeys("".join(groups) for groups in names)) or "of unknown type"
 
 
 def _first_line(error: Exception) -> str:
@@ -349,11 +347,22 @@ def replacing(path: str | os.PathLike):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_directory(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:
+        failure = _os_error_behind(error)
+        if failure is None:
+            raise
+        reason = failure.strerror or str(failure)
         raise OutputError(f"{path}: cannot be written ({reason}); {_free_space(path.parent)}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """torch.save raises a RuntimeError of its own while it handles that of a full disk."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _sync_directory(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ import torch.distributed
 from mambavision.errors import UserError
 
 Launcher = Literal["none", "pytorch", "slurm"]
+
+_GLOO_LETS_GO_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ def _bound(device: torch.device) -> torch.device | None:
 
 
 def leave(process: Process) -> None:
-    """Leave the process group."""
-    if process.is_distributed:
-        torch.distributed.destroy_process_group()
+    """Leave the process group, all processes together."""
+    if not process.is_distributed:
+        return
+    torch.distributed.barrier()
+    if torch.distributed.get_backend() == "gloo":
+        # Gloo's threads let go of the last collectives' tensors a little later, for which they need the interpreter's
+        # lock. The group's destructor waits for them and holds that lock: a deadlock, unless they are done before.
+        time.sleep(_GLOO_LETS_GO_SECONDS)
+    torch.distributed.destroy_process_group()

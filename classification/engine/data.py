@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
-from timm.data.readers import get_img_extensions
+from timm.data.readers import add_img_extensions, get_img_extensions
 from timm.data.readers.class_map import load_class_map
 
 from mambavision.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
+
+add_img_extensions((".bmp", ".gif", ".tif", ".tiff", ".webp"))  # timm looks for .png, .jpg and .jpeg only
 
 SKIPPED = -1  # target of an image that could not be decoded
 

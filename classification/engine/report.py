@@ -46,8 +46,9 @@ def _line_format() -> logging.Formatter:
 class ProgressLine:
     """Progress of one pass over the data: a bar on a terminal, a line now and then in a log."""
 
-    def __init__(self, name: str, total: int, interval: int, done: int = 0) -> None:
+    def __init__(self, name: str, total: int, interval: int, done: int = 0, log_end: bool = True) -> None:
         self.name = name
+        self.log_end = log_end
         self.total = total
         self.interval = max(1, interval)
         self.done = self._done_at_start = done
@@ -63,7 +64,7 @@ class ProgressLine:
     def step(self, describe: Callable[[], str]) -> bool:
         """Count one batch; return whether it was logged. `describe` may be costly and is called only when it shows."""
         self.done += 1
-        is_logged = self.done % self.interval == 0 or self.done == self.total
+        is_logged = self.done % self.interval == 0 or (self.done == self.total and self.log_end)
         if self._bar is not None:
             if is_logged or time.monotonic() - self._described > _BAR_TEXT_EVERY_SECONDS:
                 self._described = time.monotonic()
@@ -85,10 +86,10 @@ class ProgressLine:
 
 @contextmanager
 def progress(
-    name: str, total: int, interval: int, is_first: bool = True, done: int = 0
+    name: str, total: int, interval: int, is_first: bool = True, done: int = 0, log_end: bool = True
 ) -> Iterator[ProgressLine | None]:
     """Yield a `ProgressLine` on the first process and None on the others."""
-    line = ProgressLine(name, total, interval, done) if is_first else None
+    line = ProgressLine(name, total, interval, done, log_end) if is_first else None
     try:
         yield line
     finally:
@@ -115,9 +116,9 @@ class RunReport:
         self._writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
         self._wandb = _start_wandb(folder, settings) if use_wandb else None
         self._curves_drawn = time.monotonic()
-        log_file = logging.FileHandler(folder / "train.log")
-        log_file.setFormatter(_line_format())
-        logging.getLogger().addHandler(log_file)
+        self._log_file = logging.FileHandler(folder / "train.log")
+        self._log_file.setFormatter(_line_format())
+        logging.getLogger().addHandler(self._log_file)
 
     def epoch(
         self,
@@ -153,6 +154,8 @@ class RunReport:
     def close(self) -> None:
         if (self.folder / SUMMARY).exists():
             self.draw_curves()
+        logging.getLogger().removeHandler(self._log_file)
+        self._log_file.close()
         self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -42,17 +42,15 @@ def validate(args: argparse.Namespace) -> None:
     device = pick_device(args.device, process)
     report.start_logging(process.is_first)
     join(process, device)
-    try:
-        jobs = list(_jobs(args))
-        results = [_score_with_retry(args, *job, process, device, has_company=len(jobs) > 1) for job in jobs]
-        if process.is_first:
-            _publish(args, results)
-    finally:
-        leave(process)
+    todo = list(jobs(args))
+    results = [_score_with_retry(args, *job, process, device, has_company=len(todo) > 1) for job in todo]
+    if process.is_first:
+        _publish(args, results)
+    leave(process)  # not after an error: the other processes would be waited for in vain
 
 
-def _jobs(args: argparse.Namespace) -> Iterator[tuple[str | None, str]]:
-    """Yield (model name or None, checkpoint or empty)."""
+def jobs(args: argparse.Namespace) -> Iterator[tuple[str | None, str]]:
+    """Yield what to score: (model name or None for the checkpoint's, checkpoint or empty for released weights)."""
     folder = Path(args.checkpoint)
     if args.checkpoint and folder.is_dir():
         files = [path for path in folder.iterdir() if path.name.endswith(_CHECKPOINT_SUFFIXES)]
@@ -192,7 +190,7 @@ def _real_labels(path: str | None, dataset: Dataset, process: Process) -> RealLa
         return None
     if len(dataset) != _IMAGENET_VALIDATION_IMAGES or process.is_distributed:
         raise UserError(
-            f"--real-labels needs the {_IMAGENET_VALIDATION_IMAGES} validation images of ImageNet (found {len(dataset)}) "
+            f"--real-labels needs the {_IMAGENET_VALIDATION_IMAGES} ImageNet validation images ({len(dataset)} found) "
             "and a single process."
         )
     if not Path(path).is_file():

@@ -39,11 +39,12 @@ def train(args: argparse.Namespace) -> None:
     report.start_logging(process.is_first)
     build.check_options(args, device)
     join(process, device)
-    try:
-        trainer = Trainer(args, process, device)
-        trainer.validate_only() if args.validate_only else trainer.fit()
-    finally:
-        leave(process)
+    trainer = Trainer(args, process, device)
+    if args.validate_only:
+        trainer.validate_only()
+    else:
+        trainer.fit()
+    leave(process)  # not after an error: the other processes would be waited for in vain
 
 
 class Trainer:
@@ -267,7 +268,7 @@ class Trainer:
         for name, model in models.items():
             title = "validation" if name == "raw" else "validation (averaged)"
             total = len(self.batches.validation)
-            with report.progress(title, total, self.args.log_interval, self.process.is_first) as line:
+            with report.progress(title, total, self.args.log_interval, self.process.is_first, log_end=False) as line:
                 scores[name] = evaluate(
                     unwrap_model(model),
                     self.batches.validation,

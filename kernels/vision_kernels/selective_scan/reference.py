@@ -34,21 +34,65 @@ def selective_scan_reference(
         step, drive = delta[:, :, t, None], (delta * x)[:, :, t, None]
         state = torch.exp(step * A) * state + drive * B[..., t]
         outputs.append((state * C[..., t]).sum(-1))
-    y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(x)
+    y = torch.stack(outputs, dim=-1) if outputs else x  # of length 0
     if D is not None:
         y = y + D.to(dtype)[:, None] * x
     return y.to(u.dtype)
 
 
-def selective_scan_reference_backward(grad_y: Tensor, *inputs: Tensor | bool | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the seven tensor inputs, by autograd through the definition."""
-    *tensors, delta_softplus = inputs
-    with torch.enable_grad():
-        leaves = [tensor if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
-        y = selective_scan_reference(*leaves, delta_softplus)
-        present = [leaf for leaf in leaves if leaf is not None]
-        grads = iter(torch.autograd.grad(y, present, grad_y, allow_unused=True, materialize_grads=True))
-    return tuple(None if leaf is None else next(grads) for leaf in leaves)
+def selective_scan_reference_backward(
+    grad_y: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the seven tensor inputs (None where an optional input is absent).
+
+    The chain rule, time reversed: the gradient h of the states is h_t = g_t C_t + a_{t+1} h_{t+1} with g that of y and
+    a = exp(delta A).
+    """
+    batch, dim, length = u.shape
+    groups, state_size = B.shape[1:3]
+    dtype = compute_dtype(u)
+    x, g, A_ = u.to(dtype), grad_y.to(dtype), A.to(dtype)
+    B_ = B.to(dtype).repeat_interleave(dim // groups, dim=1)
+    C_ = C.to(dtype).repeat_interleave(dim // groups, dim=1)
+    raw = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias.to(dtype)[:, None]
+    step = F.softplus(raw) if delta_softplus else raw
+    decay = torch.exp(step.unsqueeze(2) * A_.unsqueeze(-1))  # (batch, dim, state, length)
+
+    states = torch.zeros(batch, dim, state_size, length + 1, dtype=dtype, device=u.device)  # states[t + 1] is s_t
+    for t in range(length):
+        states[..., t + 1] = decay[..., t] * states[..., t] + (step * x)[:, :, None, t] * B_[..., t]
+    h = torch.zeros_like(states)
+    for t in reversed(range(length)):
+        later = decay[..., t + 1] * h[..., t + 1] if t + 1 < length else 0.0
+        h[..., t] = g[:, :, None, t] * C_[..., t] + later
+    h = h[..., :length]
+
+    exponent = h * decay * states[..., :length]  # gradient of delta A
+    drive = (h * B_).sum(2)  # gradient of delta u
+    grad_step = (exponent * A_.unsqueeze(-1)).sum(2) + drive * x
+    grad_raw = grad_step * torch.sigmoid(raw) if delta_softplus else grad_step
+    grad_u = drive * step
+
+    def of_groups(per_channel: Tensor) -> Tensor:
+        return per_channel.unflatten(1, (groups, dim // groups)).sum(2)
+
+    return (
+        (grad_u if D is None else grad_u + g * D.to(dtype)[:, None]).to(u.dtype),
+        grad_raw.to(delta.dtype),
+        (exponent * step.unsqueeze(2)).sum((0, 3)).to(A.dtype),
+        of_groups(h * (step * x).unsqueeze(2)).to(B.dtype),
+        of_groups(g.unsqueeze(2) * states[..., 1:]).to(C.dtype),
+        None if D is None else (g * x).sum((0, 2)).to(D.dtype),
+        None if delta_bias is None else grad_raw.sum((0, 2)).to(delta_bias.dtype),
+    )
 
 
 def compute_dtype(u: Tensor) -> torch.dtype:

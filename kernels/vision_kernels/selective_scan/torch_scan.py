@@ -35,18 +35,18 @@ class _TimeMajor:
         batch, dim, length = u.shape
         groups = B.shape[1]
         dtype = compute_dtype(u)
-        step = delta.permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format)
+        step = delta.permute(2, 0, 1).to(dtype).contiguous()
         if delta_bias is not None:
             step = step + delta_bias.to(dtype)
         if delta_softplus:
             step = F.softplus(step)
         split = (length, batch, groups, dim // groups)
         return cls(
-            u=u.permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format).reshape(split),
+            u=u.permute(2, 0, 1).to(dtype).contiguous().reshape(split),
             step=step.reshape(split),
             A=A.to(dtype).reshape(groups, dim // groups, -1),
-            B=B.permute(3, 0, 1, 2).to(dtype, memory_format=torch.contiguous_format),
-            C=C.permute(3, 0, 1, 2).to(dtype, memory_format=torch.contiguous_format),
+            B=B.permute(3, 0, 1, 2).to(dtype).contiguous(),
+            C=C.permute(3, 0, 1, 2).to(dtype).contiguous(),
         )
 
     def blocks(self) -> list[slice]:
@@ -81,7 +81,7 @@ def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Te
     y = y.flatten(2)  # (length, batch, dim)
     if D is not None:
         y.addcmul_(inputs.u.flatten(2), D.to(y.dtype))
-    return y.permute(1, 2, 0).to(u.dtype, memory_format=torch.contiguous_format)
+    return y.permute(1, 2, 0).to(u.dtype).contiguous()
 
 
 def selective_scan_torch_backward(
@@ -93,7 +93,7 @@ def selective_scan_torch_backward(
     States are recomputed block by block from the block boundaries instead of being kept from the forward pass.
     """
     inputs = _TimeMajor.of(u, delta, A, B, C, delta_bias, delta_softplus)
-    grad_y = grad_y.permute(2, 0, 1).to(inputs.u.dtype, memory_format=torch.contiguous_format)
+    grad_y = grad_y.permute(2, 0, 1).to(inputs.u.dtype).contiguous()
     grad_y = grad_y.reshape(inputs.u.shape)
     grad_drive = torch.empty_like(inputs.u)  # of step * u
     grad_step = torch.empty_like(inputs.u)
@@ -125,7 +125,7 @@ def selective_scan_torch_backward(
     grad_bias = None if delta_bias is None else grad_delta.sum((0, 1)).to(delta_bias.dtype)
 
     def batch_first(grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return grad.movedim(0, -1).to(dtype, memory_format=torch.contiguous_format)
+        return grad.movedim(0, -1).to(dtype).contiguous()
 
     return (
         batch_first(grad_u, u.dtype),

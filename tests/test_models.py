@@ -1,0 +1,259 @@
+"""What every registered model can do; a new model is tested without writing a test."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+
+import mambavision
+from conftest import SMALL
+
+NAMES = mambavision.list_models()
+
+
+@pytest.fixture(params=NAMES)
+def shape_only(request):
+    """A registered model at full size, without memory for its weights."""
+    with torch.device("meta"):
+        return mambavision.create_model(request.param).eval()
+
+
+def images(batch=2, height=64, width=64, channels=3, **kwargs):
+    return torch.randn(batch, channels, height, width, **kwargs)
+
+
+# Every model, by shapes alone
+
+
+def test_timm_makes_the_same_model(shape_only):
+    name = shape_only.pretrained_cfg["architecture"]
+    with torch.device("meta"):
+        other = timm.create_model(name)
+    assert type(other) is type(shape_only)
+    assert other.state_dict().keys() == shape_only.state_dict().keys()
+
+
+def test_forward_parts_fit_together(shape_only):
+    channels, height, width = shape_only.pretrained_cfg["input_size"]
+    x = torch.empty(2, channels, height, width, device="meta")
+    features = shape_only.forward_features(x)
+    assert features.shape == (2, shape_only.num_features, height // 32, width // 32)
+    assert shape_only.pretrained_cfg["pool_size"] == (height // 32, width // 32)
+    assert shape_only.forward_head(features, pre_logits=True).shape == (2, shape_only.head_hidden_size)
+    assert shape_only(x).shape == (2, shape_only.num_classes)
+
+
+def test_features_only_gives_four_maps(shape_only):
+    with torch.device("meta"):
+        model = mambavision.create_model(shape_only.pretrained_cfg["architecture"], features_only=True)
+    features = model(torch.empty(1, 3, 256, 256, device="meta"))
+    assert [feature.shape[-1] for feature in features] == [64, 32, 16, 8]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    assert [feature.shape[1] for feature in features] == model.feature_info.channels()
+
+
+def test_pretrained_config_is_complete(shape_only):
+    config = shape_only.pretrained_cfg
+    assert config["hf_hub_id"]
+    assert config["hf_hub_filename"]
+    assert config["license"]
+    assert shape_only.get_parameter(config["first_conv"] + ".weight").shape[1] == shape_only.in_chans
+    assert shape_only.get_submodule(config["classifier"]) is shape_only.get_classifier()
+    assert shape_only.get_classifier().out_features == shape_only.num_classes == config["num_classes"]
+
+
+def test_groups_of_layers_cover_all_parameters_in_order(shape_only):
+    order = {name: index for index, (name, _) in enumerate(shape_only.named_parameters())}
+    for coarse in (False, True):
+        groups = group_parameters(shape_only, shape_only.group_matcher(coarse=coarse))
+        assert sorted(name for names in groups.values() for name in names) == sorted(order)
+        assert len(groups) > (3 if coarse else 10)
+    fine = group_parameters(shape_only, shape_only.group_matcher(), reverse=True)
+    depths = [fine[name] for name in order]
+    assert depths == sorted(depths)
+
+
+def test_weight_decay_exceptions_are_parameters(shape_only):
+    assert shape_only.no_weight_decay() <= {name for name, _ in shape_only.named_parameters()}
+
+
+# Each architecture, with numbers
+
+
+@torch.inference_mode()
+def test_any_input_size(small_model):
+    for height, width in [(1, 1), (31, 33), (100, 36), (64, 64)]:
+        assert small_model(images(1, height, width)).isfinite().all()
+
+
+@torch.inference_mode()
+def test_images_of_a_batch_do_not_mix(small_model):
+    x = images(3)
+    torch.testing.assert_close(small_model(x)[1:2], small_model(x[1:2]), rtol=1e-4, atol=1e-5)
+    assert small_model(images(0)).shape == (0, small_model.num_classes)
+
+
+@torch.inference_mode()
+def test_memory_format_does_not_matter(small_model):
+    x = images()
+    expected = small_model(x)
+    model = copy.deepcopy(small_model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_reduced_precision(small_model, dtype):
+    x = images()
+    expected = small_model(x)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = small_model(x)
+    mixed.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in small_model.parameters())
+    pure = copy.deepcopy(small_model).to(dtype)(x.to(dtype))
+    for logits in (mixed, pure):
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.05)
+
+
+def test_every_parameter_learns(small_model):
+    small_model.train()(images()).square().mean().backward()
+    without = [name for name, parameter in small_model.named_parameters() if parameter.grad is None]
+    assert not without
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(small_model):
+    x = images()
+    gradients = []
+    for enable in (False, True):
+        model = copy.deepcopy(small_model).train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)  # drop path
+        model(x).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@torch.inference_mode()
+def test_intermediates(small_model):
+    x = images()
+    final, features = small_model.forward_intermediates(x)
+    torch.testing.assert_close(final, small_model.forward_features(x))
+    assert len(features) == 4
+    (last,) = small_model.forward_intermediates(x, indices=1, intermediates_only=True, norm=True)
+    torch.testing.assert_close(last, final)
+    early = small_model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
+    for feature, expected in zip(early, features[:2], strict=True):
+        torch.testing.assert_close(feature, expected)
+    (nhwc,) = small_model.forward_intermediates(x, indices=[2], output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(nhwc.permute(0, 3, 1, 2), features[2])
+    with pytest.raises(ValueError, match="NCHW or NHWC"):
+        small_model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_only_is_pruned_to_what_it_needs(name):
+    model = mambavision.create_model(name, features_only=True, out_indices=(0, 2), **SMALL[name])
+    features = model(images())
+    assert [feature.shape[-1] for feature in features] == [16, 4]
+    sum(feature.square().mean() for feature in features).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def test_classifier_can_be_replaced(small_model):
+    x = images()
+    small_model.reset_classifier(7)
+    assert small_model(x).shape == (2, 7)
+    assert small_model.num_classes == 7
+    small_model.reset_classifier(0)
+    assert small_model(x).shape == (2, small_model.num_features)
+    small_model.reset_classifier(0, "")
+    assert small_model(x).shape == (2, small_model.num_features, 2, 2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.inference_mode()
+def test_arguments_of_timm(name):
+    arguments = SMALL[name] | {"in_chans": 1, "num_classes": 5, "global_pool": "max", "drop_path_rate": 0.5}
+    model = mambavision.create_model(name, **arguments).eval()
+    assert (model.in_chans, model.num_classes) == (1, 5)
+    x = images(channels=1)
+    torch.testing.assert_close(
+        model.forward_head(model.forward_features(x), True), model.forward_features(x).amax((2, 3))
+    )
+
+
+def test_state_dict_round_trip(small_model):
+    name = small_model.pretrained_cfg["architecture"]
+    other = mambavision.create_model(name, **SMALL[name]).eval()
+    other.load_state_dict(small_model.state_dict())
+    x = images()
+    torch.testing.assert_close(other(x), small_model(x))
+
+
+def test_compiles_into_one_graph(small_model):
+    x = images()
+    compiled = torch.compile(small_model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), small_model(x), rtol=1e-4, atol=1e-5)
+    compiled(x).sum().backward()
+
+
+@torch.inference_mode()
+def test_exports_with_dynamic_batch(small_model):
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(small_model, (images(3),), dynamic_shapes=({0: batch},), strict=True)
+    x = images(5)
+    torch.testing.assert_close(program.module()(x), small_model(x), rtol=1e-4, atol=1e-5)
+
+
+# Creating models
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(mambavision.errors.UserError, match=r"unknown model 'mamba_vision_t'.*mean 'mamba_vision_T"):
+        mambavision.create_model("mamba_vision_t")
+    with pytest.raises(mambavision.errors.UserError, match="mean 'resnet50'"):
+        mambavision.create_model("resnet5O")
+
+
+def test_other_models_of_timm_can_be_created():
+    assert mambavision.create_model("test_resnet", num_classes=3).num_classes == 3
+
+
+def test_listing_takes_patterns():
+    assert set(mambavision.list_models("mamba_vision_*")) <= set(NAMES)
+    assert mambavision.list_models("no such model*") == []
+
+
+def test_released_weights_without_network_say_what_to_get():
+    with pytest.raises(mambavision.errors.CheckpointError) as error:
+        timm.create_model("mamba_vision_T", pretrained=True)
+    message = str(error.value)
+    assert "https://huggingface.co/nvidia/MambaVision-T-1K/resolve/main/mambavision_tiny_1k.pth.tar" in message
+    assert "checkpoint_path" in message
+
+
+def test_released_weights_are_loaded_through_the_hub_cache(monkeypatch, tmp_path):
+    """With other classes and channels too, as timm's own models do."""
+    source = mambavision.create_model("mamba_vision_T")
+    file = tmp_path / "mambavision_tiny_1k.pth.tar"
+    mambavision.save_checkpoint({"state_dict": source.state_dict(), "state_dict_ema": {}}, file)
+    asked = []
+
+    def download(repo_id, filename, **kwargs):
+        asked.append((repo_id, filename))
+        return str(file)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    same = mambavision.create_model("mamba_vision_T", pretrained=True)
+    assert asked == [("nvidia/MambaVision-T-1K", "mambavision_tiny_1k.pth.tar")]
+    torch.testing.assert_close(same.state_dict(), source.state_dict())
+    other = timm.create_model("mamba_vision_T", pretrained=True, num_classes=3, in_chans=1)
+    expected = source.patch_embed.conv_down[0].weight.sum(1, keepdim=True)
+    torch.testing.assert_close(other.patch_embed.conv_down[0].weight, expected)
+    torch.testing.assert_close(other.levels[3].blocks[0].norm1.weight, source.levels[3].blocks[0].norm1.weight)
+    features = timm.create_model("mamba_vision_T", pretrained=True, features_only=True)
+    torch.testing.assert_close(features.model.patch_embed.state_dict(), source.patch_embed.state_dict())

@@ -1,0 +1,85 @@
+"""The README's commands and Python lines: cheap ones are run, the others are parsed by the programs' own parsers."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from timm.models import get_pretrained_cfg
+
+import mambavision
+from conftest import ROOT
+from engine.options import predict_options, throughput_options, train_options, validate_options
+from mambavision.complexity import complexity
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PARSERS = {
+    "train.py": train_options,
+    "validate.py": validate_options,
+    "predict.py": predict_options,
+    "throughput.py": throughput_options,
+    "./train.sh": train_options,
+    "./test.sh": validate_options,
+}
+
+
+def without_launcher(words):
+    """Drop variables, srun, torchrun and their options from the front of a command."""
+    start = next((index for index, word in enumerate(words) if word in PARSERS), None)
+    return words if start is None else words[start:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, monkeypatch, tmp_path):
+    words = without_launcher(shlex.split(command))
+    monkeypatch.chdir(ROOT / "classification" if words[0] in PARSERS else ROOT)
+    if words[0] in PARSERS:
+        args = PARSERS[words[0]](words[1:])
+        names = args.model if isinstance(args.model, list) else [args.model or "mamba_vision_T"]
+        for name in names:
+            assert mambavision.list_models(name) or mambavision.factory.check_model_name(name) is None
+        assert (ROOT / "classification" / words[0]).is_file()
+    elif words[0] == "make":
+        subprocess.run(["make", "--dry-run", "VENV=" + str(tmp_path), *words[1:]], check=True, capture_output=True)
+    elif words[:2] == ["pip", "install"]:
+        assert (ROOT / words[-1]).is_file()
+    elif words[0] == "cd":
+        assert (ROOT / words[1]).is_dir()
+    else:
+        assert words[:2] == ["python", "-m"]
+        result = subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, text=True)
+        assert result.stdout
+
+
+@pytest.mark.parametrize("lines", PYTHON, ids=range(len(PYTHON)))
+def test_python_lines(lines, tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env=environment, check=True)
+
+
+def test_table_of_models_is_what_the_command_counts():
+    rows = re.findall(r"^\| (mamba_vision_\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    assert sorted(name for name, *_ in rows) == sorted(mambavision.list_models("mamba_vision*"))
+    for name, size, params, gmacs in rows:
+        with torch.device("meta"):
+            model = mambavision.create_model(name)
+        assert model.pretrained_cfg["input_size"][-1] == int(size)
+        counts = complexity(model, model.pretrained_cfg["input_size"])
+        assert (f"{counts.params / 1e6:.1f}", f"{counts.gmacs:.2f}") == (params, gmacs)
+
+
+def test_links_to_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_weights_are_linked_with_their_licence():
+    for name in mambavision.list_models("mamba_vision*"):
+        config = get_pretrained_cfg(name)
+        assert f"(https://huggingface.co/{config.hf_hub_id})" in README
+        assert "non-commercial" in config.license

@@ -1,0 +1,330 @@
+"""validate.py, predict.py and throughput.py."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mambavision
+from conftest import SMALL
+from engine.classify import find_images, predict
+from engine.options import predict_options, throughput_options, validate_options
+from engine.saved import open_classifier
+from engine.scoring import jobs, validate
+from engine.timing import compare
+from mambavision.errors import CheckpointError, DataError, OutputError, UserError
+
+CLASSES = ["digit 0", "digit 1", "digit 2"]
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint as train.py writes it, of a model that tells the digits' brightness at best."""
+    torch.manual_seed(0)
+    arguments = SMALL["mamba_vision_T"] | {"num_classes": 3}
+    model = mambavision.create_model("mamba_vision_T", **arguments)
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pth.tar"
+    content = {
+        "arch": "mamba_vision_T",
+        "model_kwargs": arguments,
+        "state_dict": model.state_dict(),
+        "state_dict_ema": {key: value * 0 for key, value in model.state_dict().items()},
+        "data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+        "exif_transpose": False,
+        "classes": CLASSES,
+    }
+    mambavision.save_checkpoint(content, path)
+    return path
+
+
+def results(capsys):
+    return json.loads(capsys.readouterr().out.split("--result\n")[1])
+
+
+def score(*words):
+    validate(validate_options([*CPU, "--workers", "0", *map(str, words)]))
+
+
+# validate.py
+
+
+def test_scores_are_those_of_counting(digits, checkpoint, capsys):
+    score("--data_dir", digits, "--checkpoint", checkpoint, "--batch-size", "4")
+    result = results(capsys)
+    classifier = open_classifier(validate_options(CPU), None, str(checkpoint), torch.device("cpu"), exif_default=False)
+    right = 0
+    for file in sorted(digits.glob("val/*/*.png")):
+        image = Image.open(file).convert("RGB")
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+        right += classifier.model(x).argmax().item() == CLASSES.index(file.parent.name)
+    assert result["top1"] == pytest.approx(100 * right / 15, abs=1e-3)
+    assert result["top1"] + result["top1_err"] == 100
+    assert result["top5"] == 100
+    expected = {"model": "mamba_vision_T", "img_size": 32, "crop_pct": 1.0, "checkpoint": str(checkpoint)}
+    assert {key: result[key] for key in expected} == expected
+    assert result["param_count"] == round(sum(each.numel() for each in classifier.model.parameters()) / 1e6, 2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--amp"],
+        ["--amp", "--amp-dtype", "float16", "--channels-last"],
+        ["--torchcompile", "aot_eager"],
+        ["--img-size", "64", "--test-pool", "--crop-pct", "0.9", "--crop-mode", "squash"],
+        ["--input-size", "3", "48", "40", "--interpolation", "bilinear", "--mean", "0", "--std", "1", "--gp", "max"],
+        ["--use-train-size", "--no-prefetcher", "--exif-transpose", "--retry", "--log-freq", "1"],
+    ],
+    ids=" ".join,
+)
+def test_options_work(digits, checkpoint, capsys, words):
+    score(digits, "--checkpoint", checkpoint, *words)
+    assert np.isfinite(results(capsys)["loss"])
+
+
+def test_averaged_weights(digits, checkpoint, capsys):
+    score(digits, "--checkpoint", checkpoint, "--use-ema")
+    result = results(capsys)
+    assert result["top1"] == pytest.approx(100 / 3, abs=1e-3)  # all logits are 0
+    assert result["loss"] == pytest.approx(np.log(3), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_many_checkpoints_are_ranked(digits, checkpoint, tmp_path, capsys, kind):
+    for name in ("a.pth.tar", "b.pth", "notes.txt"):
+        shutil.copy(checkpoint, tmp_path / name)
+    table = tmp_path / "results" / f"table.{kind}"
+    score(digits, "--checkpoint", tmp_path, "--results-file", table, "--results-format", kind)
+    ranked = results(capsys)
+    assert [row["checkpoint"] for row in ranked] == [str(tmp_path / "a.pth.tar"), str(tmp_path / "b.pth")]
+    written = json.loads(table.read_text()) if kind == "json" else list(csv.DictReader(table.open()))
+    assert [row["checkpoint"] for row in written] == [row["checkpoint"] for row in ranked]
+    assert float(written[0]["top1"]) == ranked[0]["top1"]
+
+
+def test_many_models_can_be_named(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("mamba_vision_T\nmamba_vision_S\n")
+    for given, expected in {
+        "mamba_vision_L2*": ["mamba_vision_L2", "mamba_vision_L2_512_21k"],
+        "all": mambavision.list_models(),
+        str(names): ["mamba_vision_T", "mamba_vision_S"],
+    }.items():
+        assert list(jobs(validate_options(["--model", given]))) == [(name, "") for name in expected]
+    with pytest.raises(UserError, match="matches none of"):
+        list(jobs(validate_options(["--model", "vit*"])))
+
+
+def test_labels_can_restrict_the_predictions(digits, tmp_path, capsys):
+    arguments = SMALL["mamba_vision_T"] | {"num_classes": 5}
+    content = {"arch": "mamba_vision_T", "model_kwargs": arguments}
+    model = mambavision.create_model("mamba_vision_T", **arguments)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([9.0, 1.0, 8.0, 2.0, 3.0])
+    mambavision.save_checkpoint(content | {"state_dict": model.state_dict()}, tmp_path / "five.pth")
+    words = [digits, "--checkpoint", tmp_path / "five.pth", "--img-size", "32"]
+    with pytest.raises(DataError, match="the data has 3 classes and the model predicts 5"):
+        score(*words)
+    (tmp_path / "labels.txt").write_text("1\n3\n4\n")
+    score(*words, "--valid-labels", tmp_path / "labels.txt")
+    assert results(capsys)["top1"] == pytest.approx(100 / 3, abs=1e-3)
+    for text, message in {"7\n": "index 7 is outside", "one\n": "not a list of class indices"}.items():
+        (tmp_path / "labels.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            score(*words, "--valid-labels", tmp_path / "labels.txt")
+
+
+def test_real_labels_take_the_place_of_top1(digits, checkpoint, tmp_path, capsys, monkeypatch):
+    """On 15 images that stand for ImageNet's 50 000."""
+    renamed = tmp_path / "imagenet" / "val"
+    for number, file in enumerate(sorted(digits.glob("val/*/*.png"))):
+        target = renamed / file.parent.name / f"ILSVRC2012_val_{number + 1:08d}.JPEG"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).convert("RGB").save(target)
+    # Every class is right for the first five images, none for the next, and the rest do not count.
+    (tmp_path / "real.json").write_text(json.dumps([[0, 1, 2]] * 5 + [[7]] * 5 + [[]] * 5))
+    words = [renamed, "--checkpoint", checkpoint, "--real-labels", tmp_path / "real.json"]
+    with pytest.raises(UserError, match="needs the 50000 ImageNet validation images"):
+        score(*words)
+    monkeypatch.setattr("engine.scoring._IMAGENET_VALIDATION_IMAGES", 15)
+    monkeypatch.setattr("timm.data.RealLabelsImagenet.__init__.__defaults__", (None, (1, 3)))
+    monkeypatch.setattr("timm.data.RealLabelsImagenet.get_accuracy", _accuracy_of_available)
+    score(*words)
+    assert results(capsys)["top1"] == 50
+
+
+def _accuracy_of_available(self, k):
+    return float(np.mean(self.is_correct[min(k, 3)])) * 100
+
+
+def test_wrong_requests_are_one_sentence(digits, checkpoint, tmp_path):
+    for words, error, message in [
+        ([digits], UserError, "nothing to score: give --checkpoint, or --model"),
+        ([tmp_path / "none", "--checkpoint", checkpoint], DataError, "none: no such folder"),
+        ([digits, "--data-dir", tmp_path, "--checkpoint", checkpoint], UserError, "two data folders"),
+        ([digits, "--checkpoint", tmp_path], UserError, "holds no checkpoints"),
+        ([digits, "--model", "mamba_vision"], UserError, "unknown model 'mamba_vision'. Did you mean"),
+        ([digits, "--checkpoint", checkpoint, "--num-classes", "4"], CheckpointError, "has 3 classes, the model has 4"),
+    ]:
+        with pytest.raises(error, match=message):
+            score(*words)
+
+
+def test_other_classes_than_the_checkpoint_are_listed(digits, checkpoint, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    (data / "val" / "digit 1").rename(data / "val" / "digit 7")
+    with pytest.raises(DataError, match=r"lacks 'digit 1' and has the unknown 'digit 7'"):
+        score(data, "--checkpoint", checkpoint)
+
+
+def test_programs_end_with_one_sentence_and_a_status(run_program, digits, tmp_path):
+    result = run_program("classification/validate.py", digits, "--checkpoint", "none.pth", *CPU, check=False)
+    assert result.returncode == 65
+    assert result.stderr.splitlines()[-1].startswith("error: none.pth: no such file")
+    assert "Traceback" not in result.stderr
+    data = shutil.copytree(digits, tmp_path / "data")
+    (data / "train" / "digit 0" / "00.png").write_text("no image")
+    words = ["--data-dir", data, "--workers", "1", "--batch-size", "10", "--model-kwargs", "dim=16", "in_dim=8"]
+    result = run_program("classification/train.py", *words, "--input-size", "3", "32", "32", *CPU, check=False)
+    assert result.returncode == 65
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")  # though the error was found in a worker process
+    assert "00.png: cannot be decoded (not an image)" in last
+    assert "Traceback" not in result.stderr
+
+
+# predict.py
+
+
+def classify(*words):
+    predict(predict_options([*CPU, *map(str, words)]))
+
+
+def test_predictions_in_three_forms(digits, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    classify(digits / "val", "--checkpoint", checkpoint, "--out", out, "--topk", "2", "--batch-size", "4")
+    rows = json.loads((out / "predictions.json").read_text())
+    assert len(rows) == 15
+    for row in rows:
+        first, second = row["predictions"]
+        assert first["probability"] >= second["probability"]
+        assert first["name"] == CLASSES[first["index"]]
+    text = (out / "predictions.txt").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("%") == 30
+    sheet = np.asarray(Image.open(out / "contact_sheet.png"))
+    right = sum(row["predictions"][0]["name"] == row["file"].split("/")[-2] for row in rows)
+    frames = {"right": (46, 160, 67), "wrong": (207, 34, 46)}
+    drawn = {name: (sheet == colour).all(-1).sum() / (112**2 - 106**2) for name, colour in frames.items()}
+    assert drawn == {"right": right, "wrong": 15 - right}
+
+
+def test_inputs_are_files_folders_and_patterns(digits):
+    one = digits / "val" / "digit 0" / "20.png"
+    assert find_images([str(one)]) == [one]
+    assert len(find_images([str(digits / "val"), str(one)])) == 15
+    assert len(find_images([str(digits / "**" / "0*.png")])) == 30
+    with pytest.raises(DataError, match="no image there"):
+        find_images([str(digits / "*.bmp")])
+
+
+def test_unusual_images_are_classified(checkpoint, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    grey = Image.linear_gradient("L")
+    for name, image in {
+        "1x1.png": grey.resize((1, 1)),
+        "31x33.png": grey.resize((31, 33)),
+        "wide.png": grey.resize((1024, 16)),
+        "cmyk.jpg": grey.convert("RGB").convert("CMYK"),
+        "16bit.png": Image.fromarray(np.full((20, 20), 40_000, np.uint16)),
+        "palette.gif": grey.convert("P"),
+    }.items():
+        image.save(folder / name)
+    classify(folder, "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 6
+
+
+def test_rotated_photographs_follow_the_checkpoint(checkpoint):
+    args = predict_options(["x"])
+    assert not open_classifier(args, None, str(checkpoint), torch.device("cpu"), exif_default=True).exif_transpose
+    args = predict_options(["x", "--exif-transpose"])
+    assert open_classifier(args, None, str(checkpoint), torch.device("cpu"), exif_default=True).exif_transpose
+
+
+def test_class_names_from_a_file_or_imagenet(digits, checkpoint, tmp_path):
+    (tmp_path / "names.txt").write_text("zero\none\ntwo\n")
+    one = digits / "val" / "digit 0" / "20.png"
+    words = [one, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    classify(*words, "--class-names", tmp_path / "names.txt")
+    assert "zero" in (tmp_path / "out" / "predictions.txt").read_text()
+    (tmp_path / "names.txt").write_text("zero\n")
+    with pytest.raises(DataError, match="has 1 names, the model 3 classes"):
+        classify(*words, "--class-names", tmp_path / "names.txt")
+    arguments = SMALL["mamba_vision_T"] | {"num_classes": 1000}
+    model = mambavision.create_model("mamba_vision_T", **arguments)
+    content = {"arch": "mamba_vision_T", "model_kwargs": arguments, "state_dict": model.state_dict()}
+    mambavision.save_checkpoint(content, tmp_path / "imagenet.pth")
+    classify(one, "--checkpoint", tmp_path / "imagenet.pth", "--out", tmp_path / "out", "--topk", "1000")
+    assert "tabby" in (tmp_path / "out" / "predictions.txt").read_text()
+
+
+def test_broken_images_are_named_or_skipped(digits, checkpoint, tmp_path, capsys):
+    data = shutil.copytree(digits / "val", tmp_path / "val")
+    (data / "digit 1" / "20.png").write_bytes(b"")
+    words = [data, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    with pytest.raises(DataError, match=r"digit 1/20\.png: cannot be decoded \(not an image\)"):
+        classify(*words)
+    assert not (tmp_path / "out").exists()
+    classify(*words, "--skip-corrupt")
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 14
+    assert "1 of 15 images could not be decoded" in capsys.readouterr().out
+
+
+def test_impossible_predictions_create_nothing(digits, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        classify(digits, "--checkpoint", checkpoint, "--out", tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="no model: give --checkpoint"):
+        classify(digits)
+
+
+def test_many_images_get_numbered_sheets(digits, checkpoint, tmp_path):
+    classify(digits, "--checkpoint", checkpoint, "--out", tmp_path, "--sheet-limit", "70")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["contact_sheet_1.png", "contact_sheet_2.png"]
+
+
+# throughput.py
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["mamba_vision_T", "test_resnet"], ["test_vit2", "test_resnet", "--train", "--amp", "--channel_last"]],
+    ids=["inference", "training"],
+)
+def test_models_are_timed_side_by_side(tmp_path, capsys, words):
+    options = ["--resolution", "64", "--bs", "2", "--rounds", "3", "--iterations", "1", "--warmup", "1"]
+    options += ["--json", str(tmp_path / "speed.json"), *CPU, "--model", *words]
+    compare(throughput_options(options))
+    shown = capsys.readouterr().out
+    assert words[0] in shown
+    assert "images/s" in shown
+    report = json.loads((tmp_path / "speed.json").read_text())
+    first, second = report["results"]
+    assert [first["model"], second["model"]] == words[:2]
+    assert first["ratio"] == 1
+    assert min(first["images_per_second"], second["images_per_second"], second["ratio"]) > 0
+    assert first["latency_ms"] == pytest.approx(2000 / first["images_per_second"])
+    assert first["params_m"] == pytest.approx(sum(each.numel() for each in timm_model(words[0]).parameters()) / 1e6)
+    assert first["memory_mib"] is None or first["memory_mib"] >= 0
+    assert report["mode"] == ("training" if "--train" in words else "inference")
+
+
+def timm_model(name):
+    with torch.device("meta"):
+        return mambavision.create_model(name)

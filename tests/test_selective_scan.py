@@ -1,0 +1,294 @@
+"""Conformance of every selective-scan backend; a new backend is tested without writing a test."""
+
+import importlib
+import shutil
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies
+
+from parity import DATA
+from vision_kernels import selective_scan
+from vision_kernels.backends import BACKEND_VARIABLE
+from vision_kernels.selective_scan.op import OPERATOR
+
+# The package's attribute of this name is the function, so modules below it are found by name.
+torch_scan = importlib.import_module("vision_kernels.selective_scan.torch_scan")
+
+LENGTHS = (0, 1, 2, 7, 31, 32, 33, 196, 197)
+TENSORS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+
+
+@pytest.fixture(params=[each.backend for each in OPERATOR.implementations if each.runs_on("cpu")])
+def backend(request, monkeypatch):
+    reason = {each.backend: each for each in OPERATOR.implementations}[request.param].why_unavailable()
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setenv(BACKEND_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1 << 18, 50], ids=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """Small blocks make short sequences cross block boundaries in the plain PyTorch scan."""
+    monkeypatch.setitem(torch_scan._BLOCK_ELEMENTS, "cpu", request.param)
+
+
+def inputs(batch=2, dim=6, length=7, state=3, groups=2, dtype=torch.float32, optional=True, softplus=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    A = (-torch.rand(dim, state, generator=generator, dtype=torch.float64) - 0.2).to(dtype).requires_grad_()
+    tensors = [normal(batch, dim, length), normal(batch, dim, length), A]
+    tensors += [normal(batch, groups, state, length), normal(batch, groups, state, length)]
+    return [*tensors, normal(dim) if optional else None, normal(dim) if optional else None, softplus]
+
+
+def with_gradients(arguments, weights):
+    leaves = [each.detach().requires_grad_() if isinstance(each, torch.Tensor) else each for each in arguments]
+    y = selective_scan(*leaves)
+    (y.double() * weights).sum().backward()
+    return [y.detach()] + [leaf.grad for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def oracle(arguments, weights):
+    """Return the same as `with_gradients` by a loop over time in float64, written with other operations."""
+    leaves = [each.detach().double().requires_grad_() if isinstance(each, torch.Tensor) else each for each in arguments]
+    u, delta, A, B, C, D, bias, softplus = leaves
+    delta = delta if bias is None else delta + bias.view(1, -1, 1)
+    delta = torch.nn.functional.softplus(delta) if softplus else delta
+    share = u.shape[1] // B.shape[1]
+    state, outputs = torch.zeros(*u.shape[:2], A.shape[1], dtype=torch.float64), []
+    for t in range(u.shape[2]):
+        b, c = (each[..., t].unsqueeze(2).expand(-1, -1, share, -1).flatten(1, 2) for each in (B, C))
+        step = delta[..., t : t + 1]
+        state = (step * A).exp() * state + step * b * u[..., t : t + 1]
+        outputs.append(torch.einsum("bdn,bdn->bd", c, state))
+    y = torch.stack(outputs, -1) if outputs else u * 0
+    y = y if D is None else y + D.view(1, -1, 1) * u
+    (y * weights).sum().backward()
+    zero = [
+        torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves if isinstance(leaf, torch.Tensor)
+    ]
+    return [y.detach(), *zero]
+
+
+def relative_rms(found, expected):
+    scale = expected.double().pow(2).mean().sqrt().clamp(min=1e-12)
+    return ((found.double() - expected.double()).pow(2).mean().sqrt() / scale).item() if expected.numel() else 0.0
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_agrees_with_a_float64_oracle(backend, length, dtype):
+    arguments = inputs(length=length, dtype=dtype, seed=length)
+    weights = torch.randn(arguments[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    forward, gradient = (1e-5, 1e-4) if dtype == torch.float32 else (5e-3, 1e-2)
+    found, expected = with_gradients(arguments, weights), oracle(arguments, weights)
+    for name, ours, truth in zip(("y", *TENSORS), found, expected, strict=True):
+        assert relative_rms(ours, truth) <= (forward if name == "y" else gradient), name
+    assert [each.dtype for each in found] == [dtype] * len(found)
+
+
+def test_agrees_with_recorded_numbers(backend):
+    recorded = np.load(DATA / "kernels" / "selective_scan.npz")
+    arguments = [torch.from_numpy(recorded[name]).double().requires_grad_() for name in TENSORS]
+    y = selective_scan(*arguments, delta_softplus=True)
+    np.testing.assert_allclose(y.detach(), recorded["out"], rtol=0, atol=1e-12)
+    (y * torch.from_numpy(recorded["w"])).sum().backward()
+    for name, argument in zip(TENSORS, arguments, strict=True):
+        np.testing.assert_allclose(argument.grad, recorded[f"d_{name}"], rtol=1e-11, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 7, 11])
+def test_gradients_are_right(backend, length, optional, softplus, groups):
+    arguments = inputs(1, 3, length, 2, groups, torch.float64, optional, softplus)
+    assert torch.autograd.gradcheck(selective_scan, arguments)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operator_is_registered_properly(backend, optional, dtype):
+    arguments = inputs(dtype=dtype, optional=optional)
+    operators = torch.ops.vision_kernels
+    torch.library.opcheck(operators.selective_scan, arguments)
+    plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in arguments]
+    torch.library.opcheck(operators.selective_scan_backward, [torch.randn_like(plain[0]), *plain])
+
+
+def test_every_input_may_have_any_strides(backend):
+    """The fake kernel promises contiguous outputs, and compiled code relies on that; opcheck does not look."""
+    arguments = inputs()
+    expected = with_gradients(arguments, 1.0)
+    strided = [
+        each.detach().transpose(0, -1).contiguous().transpose(0, -1) if isinstance(each, torch.Tensor) else each
+        for each in arguments
+    ]
+    found = with_gradients(strided, 1.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in strided]
+    grads = torch.ops.vision_kernels.selective_scan_backward(plain[0], *plain)
+    assert all(each.is_contiguous() for each in (torch.ops.vision_kernels.selective_scan(*plain), *grads))
+    expanded = inputs()
+    expanded[3] = expanded[3][:1].expand(2, -1, -1, -1)
+    torch.testing.assert_close(selective_scan(*expanded), selective_scan(*[_contiguous(each) for each in expanded]))
+
+
+def _contiguous(each):
+    return each.contiguous() if isinstance(each, torch.Tensor) else each
+
+
+def test_compiles_into_one_graph(backend):
+    arguments = inputs()
+    compiled = torch.compile(lambda *each: selective_scan(*each).sin(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), selective_scan(*arguments).sin())
+    compiled(*arguments).sum().backward()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiles_with_generated_code_around_it():
+    arguments = inputs()
+
+    def between_others(u, delta, *others):
+        return (
+            selective_scan(u.cos(), delta.transpose(1, 2).contiguous().transpose(1, 2), *others).transpose(1, 2).sin()
+        )
+
+    found, expected = torch.compile(between_others, fullgraph=True)(*arguments), between_others(*arguments)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+
+
+def test_empty_batch_gives_empty_output(backend):
+    arguments = inputs(batch=0)
+    y = selective_scan(*arguments)
+    y.sum().backward()
+    assert y.shape == (0, 6, 7)
+    assert not arguments[2].grad.any()
+
+
+def test_unwritten_memory_does_not_leak(backend, monkeypatch):
+    arguments, weights = inputs(length=33), 1.0
+    expected = with_gradients(arguments, weights)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    for ours, theirs in zip(with_gradients(arguments, weights), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _poisoned(allocate):
+    def allocate_nan(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_nan
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_extreme_steps_stay_finite(backend, extreme):
+    arguments = inputs(length=33)
+    arguments[1] = torch.full_like(arguments[1], extreme, requires_grad=True)
+    assert all(each.isfinite().all() for each in with_gradients(arguments, 1e-3))
+
+
+def test_zero_decay_sums_up(backend):
+    u, delta, B = torch.ones(1, 2, 5), torch.full((1, 2, 5), 0.5), torch.ones(1, 1, 5)
+    y = selective_scan(u, delta, torch.zeros(2, 1), B, B)
+    torch.testing.assert_close(y, torch.arange(1.0, 6.0).mul(0.5).expand(1, 2, 5))
+
+
+def test_not_a_number_propagates_forward_only(backend):
+    arguments = inputs(length=7)
+    arguments[0] = arguments[0].detach().clone()
+    arguments[0][:, :, 3] = float("nan")
+    y = selective_scan(*arguments)
+    assert y[:, :, :3].isfinite().all()
+    assert y[:, :, 3:].isnan().all()
+
+
+lengths, seeds = strategies.integers(1, 20), strategies.integers(0, 2**16)
+shared_fixtures = hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+
+
+@shared_fixtures
+@hypothesis.given(length=lengths, seed=seeds, factor=strategies.floats(-3, 3))
+def test_is_linear_in_the_input(backend, length, seed, factor):
+    u, *others = inputs(length=length, seed=seed, dtype=torch.float64)
+    v = torch.randn(u.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    together = selective_scan(u + factor * v, *others)
+    torch.testing.assert_close(together, selective_scan(u, *others) + factor * selective_scan(v, *others))
+
+
+@shared_fixtures
+@hypothesis.given(length=strategies.integers(2, 20), seed=seeds, data=strategies.data())
+def test_is_causal(backend, length, seed, data):
+    arguments = inputs(length=length, seed=seed)
+    cut = data.draw(strategies.integers(1, length - 1))
+    head = [each[..., :cut] if index in (0, 1, 3, 4) else each for index, each in enumerate(arguments)]
+    torch.testing.assert_close(selective_scan(*arguments)[..., :cut], selective_scan(*head))
+
+
+@shared_fixtures
+@hypothesis.given(seed=seeds, order=strategies.permutations(range(4)))
+def test_batch_entries_do_not_mix(backend, seed, order):
+    arguments = inputs(batch=4, seed=seed)
+    permuted = [each[order] if index in (0, 1, 3, 4) else each for index, each in enumerate(arguments)]
+    torch.testing.assert_close(selective_scan(*permuted), selective_scan(*arguments)[order])
+
+
+def test_groups_may_be_left_out():
+    arguments = inputs(groups=1)
+    without = [each.squeeze(1) if index in (3, 4) else each for index, each in enumerate(arguments)]
+    torch.testing.assert_close(selective_scan(*without), selective_scan(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("u", (2, 6)),
+        ("delta", (2, 6, 8)),
+        ("A", (5, 3)),
+        ("A", (6,)),
+        ("B", (2, 2, 4, 7)),
+        ("B", (2, 4, 3, 7)),
+        ("B", (7,)),
+        ("C", (1, 2, 3, 7)),
+        ("D", (5,)),
+        ("delta_bias", (6, 1)),
+    ],
+)
+def test_wrong_shapes_are_named(name, shape):
+    arguments = dict(zip(TENSORS, inputs(), strict=False)) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"selective_scan: .*" + name.split("_")[0]) as error:
+        selective_scan(**arguments)
+    assert str(tuple(shape)) in str(error.value)
+
+
+def test_wrong_types_and_devices_are_named():
+    u, *others, softplus = inputs()
+    with pytest.raises(ValueError, match=r"delta must be a real floating-point tensor, got torch\.int64"):
+        selective_scan(u, others[0].long(), *others[1:], softplus)
+    with pytest.raises(ValueError, match=r"A must be a real floating-point tensor, got torch\.complex64"):
+        selective_scan(u, others[0], others[1].to(torch.complex64), *others[2:], softplus)
+    with pytest.raises(ValueError, match="delta is on meta, u is on cpu"):
+        selective_scan(u, others[0].to("meta"), *others[1:], softplus)
+
+
+def test_second_derivatives_are_refused():
+    arguments = inputs(dtype=torch.float64)
+    (grad,) = torch.autograd.grad(selective_scan(*arguments).sum(), arguments[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        grad.sum().backward()

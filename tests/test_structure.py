@@ -1,0 +1,116 @@
+"""The shape of the repository: who may import whom, and nothing that does not belong."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+# What the files below a folder may import besides the standard library and their own package. The first match counts.
+OPENMMLAB = {"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"}
+PROGRAMS = {
+    "mambavision",
+    "vision_kernels",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "PIL",
+    "yaml",
+    "rich",
+    "matplotlib",
+}
+MAY_IMPORT = {
+    "kernels/vision_kernels": {"torch", "triton"},
+    "mambavision/openmmlab": {"vision_kernels", "torch", "torchvision", "timm", "numpy"} | OPENMMLAB,
+    "mambavision": {"vision_kernels", "torch", "timm", "numpy", "safetensors", "huggingface_hub"},
+    "classification": PROGRAMS | {"engine", "wandb", "sklearn"},
+    "object_detection": PROGRAMS | OPENMMLAB,
+    "semantic_segmentation": PROGRAMS | OPENMMLAB,
+}
+# May be absent, and so must not be imported when a module is.
+OPTIONAL = {"triton", "wandb", "sklearn", "matplotlib", "transformers", "natten"} | OPENMMLAB
+
+
+def tracked(*patterns):
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+SOURCES = [name for name in tracked("*.py") if not name.startswith("tests/")]
+
+
+def imports(path, top_level_only=False):
+    tree = ast.parse((ROOT / path).read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [node.module]
+        yield from (name.split(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_dependencies_point_one_way(path):
+    folder = next((folder for folder in MAY_IMPORT if path.startswith(folder + "/")), None)
+    if folder is None:
+        assert path == "hubconf.py"
+        return
+    own = {"vision_kernels" if folder.startswith("kernels") else folder.split("/")[0]}
+    foreign = set(imports(path)) - set(sys.stdlib_module_names) - MAY_IMPORT[folder] - own
+    assert not foreign, f"{path} imports {foreign}"
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    if not path.startswith("mambavision/openmmlab/"):
+        assert not set(imports(path, top_level_only=True)) & OPTIONAL
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_search_path_is_left_alone(path):
+    assert "sys.path" not in (ROOT / path).read_text()
+
+
+def test_classification_needs_no_openmmlab():
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(OPENMMLAB)}))  # importing them fails
+import engine.trainer, engine.scoring, engine.classify, engine.timing, mambavision
+assert mambavision.list_models()
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT / "classification", check=True)
+
+
+def test_kernels_folder_is_no_package():
+    """Hugging Face publishes a package called `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_test_data_and_pictures_are_small():
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked()}
+    assert sum(size for name, size in sizes.items() if name.startswith("tests/data/")) < 4e6
+    for name, size in sizes.items():
+        limit = 300e3 if Path(name).suffix in (".png", ".jpg") else 1.3e6
+        assert size < limit, name
+
+
+def test_torch_hub_offers_every_model(tmp_path):
+    """From a checkout that is not installed."""
+    program = f"""
+import sys, torch
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+model = torch.hub.load({str(ROOT)!r}, "mamba_vision_T", source="local", num_classes=3)
+assert model.head.out_features == 3
+assert "vision_kernels" in sys.modules
+import hubconf, mambavision
+assert all(callable(getattr(hubconf, name)) for name in mambavision.list_models())
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where torch.hub leaves it after loading from its cache
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, env=environment)
