@@ -332,6 +332,16 @@ def test_folders_that_differ_create_nothing(train, digits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_runs_of_the_same_second_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda pattern: "20260101-000000")
+    folders = []
+    for _ in range(3):
+        folders.append(run.new_run_folder(str(tmp_path), "", "", "resnet", 32))
+        folders[-1].mkdir()
+    names = ["20260101-000000-resnet-32", "20260101-000000-resnet-32-2", "20260101-000000-resnet-32-3"]
+    assert [folder.name for folder in folders] == names
+
+
 def test_existing_runs_are_not_overwritten(train):
     folder = train("--experiment", "one")
     with pytest.raises(UserError, match="holds a run already; continue it with --resume auto"):

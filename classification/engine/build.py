@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,4 +227,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         batches = args.data_len // (args.batch_size * world_size)
     steps = max(1, -(-batches // args.grad_accum_steps))
     options = scheduler_kwargs(args) | {"step_on_epochs": args.lr_ep or args.sched == "plateau"}
-    return create_scheduler_v2(optimizer, updates_per_epoch=steps, **options)
+    with warnings.catch_warnings():
+        # timm says that it does not save the state of plateau schedules; the trainer does.
+        warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)
+        return create_scheduler_v2(optimizer, updates_per_epoch=steps, **options)

@@ -1,5 +1,6 @@
 """The folder of a training run: its settings, checkpoints and summary."""
 
+import itertools
 import os
 import shutil
 import time
@@ -29,11 +30,17 @@ def runs_folder(output: str, tag: str) -> Path:
 
 def new_run_folder(output: str, tag: str, experiment: str, model: str, size: int) -> Path:
     """Return the folder of a new run: ``output/train/TAG/DATE-TIME-MODEL-SIZE`` unless it is named."""
-    name = experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('/', '_')}-{size}"
-    folder = runs_folder(output, tag) / name
-    if (folder / LAST).exists():
-        raise UserError(f"{folder}: holds a run already; continue it with --resume auto, or name another --experiment.")
-    return folder
+    parent = runs_folder(output, tag)
+    if experiment:
+        if (parent / experiment / LAST).exists():
+            raise UserError(
+                f"{parent / experiment}: holds a run already; continue it with --resume auto, or name another "
+                "--experiment."
+            )
+        return parent / experiment
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('/', '_')}-{size}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
 
 
 def resumable_checkpoints(folder: Path) -> list[Path]:
