@@ -54,7 +54,9 @@ def set_rendezvous(process: Process, environment: dict[str, str] | os._Environ =
     """Set the variables by which torch.distributed's processes find each other, where srun leaves them unset."""
     if process.launcher != "slurm":
         return
-    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    is_one_machine = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    first_host = "127.0.0.1" if is_one_machine else _first_host(environment["SLURM_STEP_NODELIST"])
+    environment.setdefault("MASTER_ADDR", first_host)
     identity = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
     environment.setdefault("MASTER_PORT", str(20000 + identity % 20000))
     environment.update(RANK=str(process.rank), LOCAL_RANK=str(process.local_rank), WORLD_SIZE=str(process.world_size))

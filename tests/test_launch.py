@@ -46,6 +46,9 @@ def test_processes_of_slurm_find_each_other(nodes, first):
     assert environment["MASTER_ADDR"] == first
     assert 20000 <= int(environment["MASTER_PORT"]) < 40000
     assert [environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "1", "8"]
+    alone = STEP | {"SLURM_STEP_NUM_NODES": "1"}
+    set_rendezvous(this_process(alone), alone)
+    assert alone["MASTER_ADDR"] == "127.0.0.1"
     chosen = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
     set_rendezvous(this_process(chosen), chosen)
     assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("10.0.0.1", "1")
