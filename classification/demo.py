@@ -30,7 +30,8 @@ def main() -> None:
     digits, runs = out / "digits", out / "runs"
     write_digits(digits)
 
-    seconds = _run("train.py", "--config", args.config, "--data-dir", digits, "--output", runs, "--device", "cpu")
+    place = ("--output", out, "--tag", runs.name)
+    seconds = _run("train.py", "--config", args.config, "--data-dir", digits, *place, "--device", "cpu")
     folder = max(runs.iterdir(), key=lambda path: path.stat().st_mtime)
     best, results, pictures = folder / "model_best.pth.tar", folder / "validation.json", folder / "predictions"
     weights = ("--checkpoint", best, "--use-ema", "--device", "cpu")

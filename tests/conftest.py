@@ -1,5 +1,6 @@
-"""Shared fixtures: small models, a small data set of real scans, and running programs."""
+"""Shared fixtures: small models, a small data set of real scans, running programs, and training."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import mambavision
+from mambavision.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,3 +78,58 @@ def run_program(tmp_path):
         return result
 
     return run
+
+
+# Training
+
+SETTING = [
+    "--model", "mamba_vision_T", "--model-kwargs",
+    *(f"{key}={value}" for key, value in SMALL["mamba_vision_T"].items() if key != "num_classes"),
+    "--input-size", "3", "32", "32", "--device", "cpu", "--batch-size", "10", "--workers", "0", "--epochs", "2",
+    "--warmup-epochs", "1", "--cooldown-epochs", "0", "--lr", "1e-3", "--hflip", "0", "--deterministic",
+]  # fmt: skip
+
+
+@pytest.fixture
+def training_options(digits, tmp_path, monkeypatch):
+    """Parse the options of a small run, in a folder of its own."""
+    from engine.options import train_options
+
+    monkeypatch.chdir(tmp_path)
+    yield lambda *words, data=digits: train_options([*SETTING, "--data-dir", str(data), *map(str, words)])
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def train(training_options, tmp_path):
+    """Train in this process; return the run's folder."""
+    from engine import trainer
+
+    def start(*words, **data):
+        trainer.train(training_options(*words, **data))
+        folders = sorted(tmp_path.glob("output/train/exp/*"))
+        return folders[-1] if folders else None
+
+    return start
+
+
+@pytest.fixture
+def prepare(training_options):
+    """Build the trainer of a small run."""
+    from engine.trainer import Trainer
+    from mambavision.launch import Process
+
+    return lambda *words: Trainer(training_options(*words), Process(), torch.device("cpu"))
+
+
+def weights(folder, name="last.pth.tar", key="state_dict"):
+    return read_checkpoint(folder / name)[key]
+
+
+def identical(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def summary(folder):
+    with (folder / "summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

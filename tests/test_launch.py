@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from test_train import SETTING
 
-from conftest import ROOT
+from conftest import ROOT, SETTING
 from mambavision.errors import UserError
 from mambavision.launch import Process, pick_device, set_rendezvous, this_process
 

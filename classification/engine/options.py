@@ -185,7 +185,7 @@ def _add_model_options(parser: Parser) -> None:
     parser.switch("--skip-head", help="leave the classifier out of --initial-checkpoint")
     add("--loadcheckpoint", default="", metavar="FILE", help="start from whatever in this file fits")
     parser.switch("--trust-checkpoint", help="unpickle checkpoints without restriction: they can run any code")
-    add("--resume", default="", metavar="FILE|auto", help="continue a run; auto: the newest of this --tag, if any")
+    add("--resume", default="", metavar="FILE|auto", help="continue a run; auto: --experiment or the newest of --tag")
     add("--no-resume-opt", action="store_true", help="resume the weights only")
     add("--num-classes", type=int, help="default: counted in the data")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the model's")
@@ -286,8 +286,8 @@ def _add_averaging_options(parser: Parser) -> None:
 def _add_run_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--tag", default="exp", help="name of the run; used in output paths")
-    add("--output", default="", metavar="DIR", help="default: output/train/TAG")
-    add("--experiment", default="", help="folder below --output; default: date, model and size")
+    add("--output", default="", metavar="DIR", help="runs go to DIR/TAG; default: output/train")
+    add("--experiment", default="", help="name of the run's folder; default: date, model and size")
     add("--log-dir", default="", metavar="DIR", help="TensorBoard files go to DIR_TAG; default: into the run's folder")
     parser.switch("--log-wandb", help="log to Weights & Biases as well")
     add("--eval-metric", default="top1", choices=["top1", "top5", "loss"], help="what decides the best checkpoint")

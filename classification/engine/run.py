@@ -1,6 +1,7 @@
 """The folder of a training run: its settings, checkpoints and summary."""
 
 import itertools
+import math
 import os
 import shutil
 import time
@@ -24,15 +25,15 @@ LAST, BEST, RECOVERY, SETTINGS, SUMMARY = (
 
 
 def runs_folder(output: str, tag: str) -> Path:
-    """Return the folder that holds the runs of a tag."""
-    return Path(output) if output else Path("output", "train", tag)
+    """Return the folder that holds the runs of a tag: ``output/train/TAG`` unless another output is named."""
+    return Path(output or Path("output", "train"), tag)
 
 
 def new_run_folder(output: str, tag: str, experiment: str, model: str, size: int) -> Path:
     """Return the folder of a new run: ``output/train/TAG/DATE-TIME-MODEL-SIZE`` unless it is named."""
     parent = runs_folder(output, tag)
     if experiment:
-        if (parent / experiment / LAST).exists():
+        if _checkpoints_in(parent / experiment):
             raise UserError(
                 f"{parent / experiment}: holds a run already; continue it with --resume auto, or name another "
                 "--experiment."
@@ -43,9 +44,20 @@ def new_run_folder(output: str, tag: str, experiment: str, model: str, size: int
     return next(parent / name for name in names if not (parent / name).exists())
 
 
-def resumable_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of all runs below a folder."""
-    return [path for name in (LAST, RECOVERY, "checkpoint-*.pth.tar") for path in folder.glob(f"**/{name}")]
+def resumable_checkpoints(output: str, tag: str, experiment: str) -> list[Path]:
+    """Return the checkpoints of an experiment or, without one, of all runs of a tag."""
+    parent = runs_folder(output, tag)
+    folders = [parent / experiment] if experiment else parent.glob("*/")
+    return [path for folder in folders for path in _checkpoints_in(folder)]
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    return [path for name in (LAST, RECOVERY, "checkpoint-*.pth.tar") for path in folder.glob(name)]
+
+
+def folder_of(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that wrote a checkpoint, or None if it lies elsewhere now."""
+    return checkpoint.parent if (checkpoint.parent / SETTINGS).exists() else None
 
 
 def require_writable(folder: Path) -> None:
@@ -79,22 +91,25 @@ class Checkpoints:
 
     def rank(self, epoch: int, metric: float) -> bool:
         """Take note of an epoch's metric; return whether it is the best so far."""
-        is_best = self.best is None or self._better(metric, self.best[1])
+        is_best = self.best is None or self._merit(metric) > self._merit(self.best[1])
         if is_best:
             self.best = (epoch, metric)
-        self.kept.append((epoch, metric))
-        self.kept.sort(key=lambda entry: entry[1], reverse=not self.lower_is_better)
+        others = [entry for entry in self.kept if entry[0] != epoch]  # --start-epoch can repeat an epoch
+        self.kept = sorted([*others, (epoch, metric)], key=lambda entry: self._merit(entry[1]), reverse=True)
         return is_best
 
     def write(self, checkpoint: Mapping[str, Any], epoch: int, is_best: bool) -> None:
-        """Write the checkpoint of a finished epoch; older files are removed only afterwards."""
-        last = self.folder / LAST
-        save_checkpoint(checkpoint, last)
-        if is_best:
-            _publish(last, self.folder / BEST)
+        """Write the checkpoint of a finished epoch; older files are removed only afterwards.
+
+        The last checkpoint comes last: it says which epoch was the best, and that one's weights must be there by then.
+        """
         self.kept, dropped = self.kept[: self.keep], self.kept[self.keep :]
-        if any(epoch == kept_epoch for kept_epoch, _ in self.kept):
-            _publish(last, self._numbered(epoch))
+        is_kept = any(epoch == kept_epoch for kept_epoch, _ in self.kept)
+        wanted = {self.folder / BEST: is_best, self._numbered(epoch): is_kept, self.folder / LAST: True}
+        first, *others = (path for path, is_wanted in wanted.items() if is_wanted)
+        save_checkpoint(checkpoint, first)
+        for path in others:
+            _publish(first, path)
         for dropped_epoch, _ in dropped:
             self._numbered(dropped_epoch).unlink(missing_ok=True)
         (self.folder / RECOVERY).unlink(missing_ok=True)
@@ -106,8 +121,11 @@ class Checkpoints:
         self.best = state["best"]
         self.kept = [entry for entry in state["kept"] if self._numbered(entry[0]).exists()]
 
-    def _better(self, metric: float, than: float) -> bool:
-        return metric < than if self.lower_is_better else metric > than
+    def _merit(self, metric: float) -> float:
+        """Return a number that is higher for better metrics; what is not finite is worst."""
+        if not math.isfinite(metric):
+            return -math.inf
+        return -metric if self.lower_is_better else metric
 
     def _numbered(self, epoch: int) -> Path:
         return self.folder / f"checkpoint-{epoch}.pth.tar"

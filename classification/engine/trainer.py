@@ -13,13 +13,14 @@ import torch
 import torch.distributed
 from timm.scheduler import PlateauLRScheduler
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, get_state_dict, random_seed, unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from engine import build, data, report, run
 from engine.evaluate import evaluate
 from engine.loaders import Share
 from mambavision import resume
-from mambavision.checkpoint import extract_state_dict, read_checkpoint, save_checkpoint
+from mambavision.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from mambavision.errors import BAD_DATA, CheckpointError, UserError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 
@@ -73,14 +74,15 @@ class Trainer:
         self.scheduler, self.num_epochs = build.build_scheduler(
             args, self.optimizer, len(self.batches.train), process.world_size
         )
-        self.updates = 0
         self.first_epoch, self.first_batch = args.start_epoch or 0, 0
         self.epoch_so_far = {"loss_sum": 0.0, "images": 0}  # of an epoch that was interrupted
         random_seed(args.seed, process.rank)
-        self.folder = (resumed and resumed[0]) or self._new_folder()
+        self.folder = (resumed and run.folder_of(resumed[0])) or self._new_folder()
         self.checkpoints = run.Checkpoints(self.folder, args.checkpoint_hist, args.eval_metric == "loss")
         if resumed:
-            self._resume(resumed[1])
+            self._resume(*resumed)
+        self.updates = self.first_epoch * self._steps_per_epoch() + self.first_batch // args.grad_accum_steps
+        self._move_schedule(resumed[1].get("plateau") if resumed and not args.no_resume_opt else None)
         if process.is_distributed:
             ids = [device.index] if device.type == "cuda" else None
             self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not args.no_ddp_bb)
@@ -111,51 +113,41 @@ class Trainer:
         torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
-    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any]] | None:
-        """Return the folder to continue in (None: a new one) and the checkpoint that --resume means, or None."""
-        if not self.args.resume:
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the checkpoint that --resume means and its path, or None."""
+        args = self.args
+        if not args.resume:
             return None
-        if self.args.resume == "auto":
-            folder = run.runs_folder(self.args.output, self.args.tag)
-            found = resume.newest_valid(run.resumable_checkpoints(folder)) if self.process.is_first else None
-            path = self._of_first(str(found[0]) if found else None)
+        if args.resume == "auto":
+            files = run.resumable_checkpoints(args.output, args.tag, args.experiment)
+            found = resume.newest_valid(files) if self.process.is_first else None
+            path = self._of_first(found and found[0])
             if path is None:
+                folder = run.runs_folder(args.output, args.tag) / args.experiment
                 _logger.info("nothing to resume in %s: starting anew", folder)
                 return None
             checkpoint = found[1] if found else read_checkpoint(path)
         else:
-            path = self.args.resume
-            checkpoint = read_checkpoint(path, self.args.trust_checkpoint)
+            path = Path(args.resume)
+            checkpoint = read_checkpoint(path, args.trust_checkpoint)
+        if not isinstance(checkpoint.get("epoch"), int):
+            raise CheckpointError(f"{path}: does not say its epoch; start from its weights with --initial-checkpoint.")
         _logger.info("resuming %s", path)
         data.check_same_classes(checkpoint.get("classes"), self.classes, "the checkpoint", "the data")
-        is_our_run = (Path(path).parent / run.SETTINGS).exists()
-        return (Path(path).parent if is_our_run else None), checkpoint
+        return path, checkpoint
 
-    def _resume(self, checkpoint: dict[str, Any]) -> None:
-        args = self.args
-        unwrap_model(self.task.get_eval_model()).load_state_dict(extract_state_dict(checkpoint, source=args.resume))
+    def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        load_weights(unwrap_model(self.task.get_eval_model()), checkpoint, str(path))
         if self.task.has_ema():
             has_ema = checkpoint.get("state_dict_ema") is not None
             if not has_ema:
                 _logger.warning("the checkpoint has no averaged weights: the average starts from its weights")
-            weights = extract_state_dict(checkpoint, ema=has_ema, source=args.resume)
-            unwrap_model(self.task.get_eval_model(ema=True)).load_state_dict(weights)
-        if not args.no_resume_opt:
-            if "optimizer" not in checkpoint:
-                raise CheckpointError(f"{args.resume}: has no optimizer state; add --no-resume-opt to go on without.")
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            if self.scaler is not None and self.scaler.state_dict_key in checkpoint:
-                self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
-        next_batch = checkpoint.get("next_batch")  # None: the epoch was finished
-        self.first_epoch = checkpoint["epoch"] + (next_batch is None)
-        self.first_batch = next_batch or 0
-        if args.start_epoch is not None:
-            self.first_epoch, self.first_batch = args.start_epoch, 0
-        self.updates = checkpoint.get("updates", self.first_epoch * self._steps_per_epoch())
-        self.epoch_so_far = checkpoint.get("epoch_so_far", self.epoch_so_far)
+            load_weights(unwrap_model(self.task.get_eval_model(ema=True)), checkpoint, str(path), ema=has_ema)
+        if not self.args.no_resume_opt:
+            self._resume_optimizer(path, checkpoint)
+        self._resume_position(checkpoint)
         if "checkpoints" in checkpoint:
             self.checkpoints.load_state(checkpoint["checkpoints"])
-        self._resume_scheduler(checkpoint.get("plateau"))
         states = checkpoint.get("random", [])
         if len(states) == self.process.world_size:
             resume.set_random_state(states[self.process.rank])
@@ -166,14 +158,55 @@ class Trainer:
                 self.process.world_size,
             )
 
-    def _resume_scheduler(self, plateau: dict[str, Any] | None) -> None:
-        """Schedules follow from the step count, so that changed options take effect; plateau alone remembers."""
-        if plateau is not None and isinstance(self.scheduler, PlateauLRScheduler):
-            self.scheduler.lr_scheduler.load_state_dict(plateau["state"])
-            self.scheduler.restore_lr = plateau["restore_lr"]
-        elif not isinstance(self.scheduler, PlateauLRScheduler):
+    def _resume_optimizer(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        if "optimizer" not in checkpoint:
+            raise CheckpointError(f"{path}: has no optimizer state; add --no-resume-opt to go on without.")
+        settings = checkpoint.get("args") or {}  # timm and the originals save a namespace
+        opt = (settings if isinstance(settings, dict) else vars(settings)).get("opt", self.args.opt)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            groups = self.optimizer.param_groups
+            fits = opt == self.args.opt and all(self.optimizer.defaults.keys() <= group.keys() for group in groups)
+        except (KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{path}: its optimizer state does not fit (--opt was {opt} and is {self.args.opt}); give --opt, "
+                "--layer-decay and --weight-decay as before, or add --no-resume-opt to start without it."
+            )
+        if self.scaler is not None and self.scaler.state_dict_key in checkpoint:
+            self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+
+    def _resume_position(self, checkpoint: dict[str, Any]) -> None:
+        """Find where to go on; an interrupted epoch starts over if its batches are no longer the same."""
+        next_batch = checkpoint.get("next_batch")  # None: the epoch was finished
+        self.first_epoch = checkpoint["epoch"] + (next_batch is None)
+        is_stream = isinstance(self.datasets[0], IterableDataset)  # can be read from its beginning only
+        if self.args.start_epoch is not None:
+            self.first_epoch = self.args.start_epoch
+        elif next_batch is not None and not is_stream and checkpoint.get("batching") == self._batching():
+            self.first_batch, self.epoch_so_far = next_batch, checkpoint["epoch_so_far"]
+        elif next_batch is not None:
+            _logger.warning("epoch %d starts over: its batches are not those it was interrupted in", self.first_epoch)
+
+    def _batching(self) -> dict[str, float]:
+        """Return what decides which images a batch of an epoch holds, and when the optimizer steps."""
+        names = ("batch_size", "grad_accum_steps", "seed", "epoch_repeats", "aug_repeats")
+        settings = {name: getattr(self.args, name) for name in names}
+        return settings | {"images": len(self.datasets[0]), "processes": self.process.world_size}
+
+    def _move_schedule(self, plateau: dict[str, Any] | None) -> None:
+        """Bring the schedule to the first step. It follows from the step count; plateau alone has a memory."""
+        if not isinstance(self.scheduler, PlateauLRScheduler):
             self.scheduler.step(self.first_epoch)
             self.scheduler.step_update(self.updates)
+            return
+        if plateau is not None:
+            self.scheduler.lr_scheduler.load_state_dict(plateau["state"])
+            self.scheduler.restore_lr = plateau["restore_lr"]
+        warmup = self.scheduler.warmup_t
+        if warmup and (plateau is None or self.first_epoch <= warmup):
+            self.scheduler.step(min(self.first_epoch, warmup))
 
     def _steps_per_epoch(self) -> int:
         return -(-len(self.batches.train) // self.args.grad_accum_steps)
@@ -238,9 +271,8 @@ class Trainer:
             self.task.distilling = epoch / args.epochs > args.mesa_start_ratio
         train_loss, images_per_second = self._train_epoch(epoch)
         if self.process.is_distributed and args.dist_bn:
-            for averaged in (False, True)[: 1 + self.task.has_ema()]:
-                model = unwrap_model(self.task.get_eval_model(ema=averaged))
-                distribute_bn(model, self.process.world_size, args.dist_bn == "reduce")
+            for model in self._models_on_device().values():
+                distribute_bn(unwrap_model(model), self.process.world_size, args.dist_bn == "reduce")
 
         scores = self._scores()
         judged = scores.get("averaged", scores["raw"])
@@ -260,12 +292,16 @@ class Trainer:
             args.eval_metric, best, best_epoch,
         )  # fmt: skip
 
-    def _scores(self) -> dict[str, dict[str, float]]:
+    def _models_on_device(self) -> dict[str, nn.Module]:
+        """Return the model and its average, unless that is kept on the CPU: too slow there, and out of nccl's reach."""
         models = {"raw": self.task.get_eval_model()}
         if self.task.has_ema() and not self.args.model_ema_force_cpu:
             models["averaged"] = self.task.get_eval_model(ema=True)
+        return models
+
+    def _scores(self) -> dict[str, dict[str, float]]:
         scores = {}
-        for name, model in models.items():
+        for name, model in self._models_on_device().items():
             title = "validation" if name == "raw" else "validation (averaged)"
             total = len(self.batches.validation)
             with report.progress(title, total, self.args.log_interval, self.process.is_first, log_end=False) as line:
@@ -286,7 +322,7 @@ class Trainer:
         first_batch, self.first_batch = self.first_batch, 0
         so_far, self.epoch_so_far = self.epoch_so_far, {"loss_sum": 0.0, "images": 0}
         loss_sum = torch.tensor(so_far["loss_sum"], dtype=torch.float64, device=self.device)
-        images_seen, images_here, started = so_far["images"], 0, time.monotonic()
+        images_seen, images_here, started, rate = so_far["images"], 0, time.monotonic(), 0.0
         is_finite = torch.ones((), device=self.device)
         self.task.train()
         self.optimizer.zero_grad()
@@ -380,7 +416,7 @@ class Trainer:
         state = OrderedDict(
             epoch=epoch,
             next_batch=next_batch,
-            updates=self.updates,
+            batching=self._batching(),
             arch=self.args.model,
             model_kwargs=self.model_arguments,
             data_config=self.batches.config,
