@@ -13,8 +13,9 @@ import pathlib
 import pickle
 import re
 import shutil
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,18 @@ EMA_KEYS = ("state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 
 # What the readers raise for files that are cut short or altered.
-_DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, zipfile.BadZipFile)
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    pickle.UnpicklingError,
+    safetensors.SafetensorError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 _SAFE_CLASSES = [
     argparse.Namespace,
@@ -94,15 +106,15 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
     _refuse_other_content(path, head)
     try:
         _verify_checksums(path)
-        if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+        if _is_safetensors(head):
             return safetensors.torch.load_file(path, device="cpu")
         content = _unpickle(path, trust)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, because it holds objects other than weights and plain settings "
-            f"({_refused_names(error)}); if you trust its author, allow it with trust=True (--trust-checkpoint)."
-        ) from error
-    except (*_DAMAGE, safetensors.SafetensorError) as error:
+    except _DAMAGE as error:
+        if refused := _refused_names(error):
+            raise CheckpointError(
+                f"{path}: refused, because it holds objects other than weights and plain settings ({refused}); if you "
+                "trust its author, allow it with trust=True (--trust-checkpoint)."
+            ) from error
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_line(error)}); "
             "download or copy it again."
@@ -120,6 +132,13 @@ def _refuse_other_content(path: Path, head: bytes) -> None:
         raise CheckpointError(f"{path}: is a web page, not a checkpoint; the download link probably needs a login.")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`.")
+    # A zip archive or a pickle by torch.save, a tar archive by its first versions, or safetensors.
+    if not (head.startswith((b"PK", b"\x80")) or head[257:262] == b"ustar" or _is_safetensors(head)):
+        raise CheckpointError(f"{path}: is not a checkpoint; give a file of weights (.pth.tar, .pth or .safetensors).")
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"  # eight bytes of length, then JSON
 
 
 def _verify_checksums(path: Path) -> None:
@@ -138,9 +157,12 @@ def _unpickle(path: Path, trust: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refused_names(error: pickle.UnpicklingError) -> str:
+def _refused_names(error: Exception) -> str:
+    """Return the classes and functions that the restricted unpickler refused; empty if something else is wrong."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
     names = re.findall(r"GLOBAL (\S+)|class '(\S+)'", str(error))
-    return ", ".join(dict.fromkeys("".join(groups) for groups in names)) or "of unknown type"
+    return ", ".join(dict.fromkeys("".join(groups) for groups in names))
 
 
 def _first_line(error: Exception) -> str:
@@ -173,22 +195,26 @@ def extract_state_dict(
 
 
 def without_prefixes(state_dict: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    """Remove prefixes of wrappers and of larger models from the keys until some of them are keys of the model.
+    """Return the entries below the prefix of wrappers or larger models under which most keys are those of the model.
 
     Args:
         state_dict: Weights as found in a file.
         own: Keys of the model they are meant for.
     """
     own = set(own)
-    while own.isdisjoint(state_dict):
-        prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state_dict)), None)
-        if prefix is None:
-            break
+    prefix, below = max(_below_prefixes(state_dict), key=lambda candidate: len(own & candidate[1].keys()))
+    if left_out := len(state_dict) - len(below):
+        _logger.info("took the %d entries below %r and left out %d others", len(below), prefix, left_out)
+    return below
+
+
+def _below_prefixes(state_dict: dict[str, Tensor], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every chain of prefixes, the empty one first, and the entries below it without it."""
+    yield path, state_dict
+    for prefix in _PREFIXES:
         below = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if left_out := len(state_dict) - len(below):
-            _logger.info("took the %d entries below %r and left out %d others", len(below), prefix, left_out)
-        state_dict = below
-    return state_dict
+        if below:
+            yield from _below_prefixes(below, path + prefix)
 
 
 @dataclass(frozen=True)
@@ -277,6 +303,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
 def _load(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, strict: bool, skip_head: bool) -> LoadReport:
     own = model.state_dict()
     head = _head_keys(model)
+    # Training with --split-bn adds norm layers for augmented images, which nothing needs afterwards.
+    state_dict = {key: value for key, value in state_dict.items() if key in own or ".aux_bn." not in key}
     if skip_head:
         state_dict = {key: value for key, value in state_dict.items() if key not in head}
     # Files of old torch versions have no batch counters; they play no part in the numbers.

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from torch import nn
 
@@ -53,6 +54,9 @@ CONTAINERS = {
     },
     "encoder. with a decoder": lambda weights: {
         "state_dict": {"decoder.x": torch.ones(1), **{f"encoder.{key}": value for key, value in weights.items()}}
+    },
+    "encoder. beside a head of its own": lambda weights: {
+        "state_dict": {**{f"encoder.{key}": value for key, value in weights.items()}, "head.weight": torch.ones(1)}
     },
     "training checkpoint": lambda weights: {
         "epoch": 309,
@@ -101,6 +105,21 @@ def test_averaged_weights_on_request(source, tmp_path):
     mambavision.save_checkpoint({"state_dict": source.state_dict(), "state_dict_ema": None}, path)
     with pytest.raises(CheckpointError, match="no averaged weights"):
         mambavision.load_checkpoint(model, path, ema=True)
+
+
+def test_norm_layers_of_augmented_images_are_left_out(source, tmp_path):
+    """A model that trained with --split-bn is used without it."""
+    path = tmp_path / "weights.pth"
+    split = timm.layers.convert_splitbn_model(source, 2)
+    assert any(".aux_bn." in key for key in split.state_dict())
+    mambavision.save_checkpoint({"state_dict": split.state_dict(), "state_dict_ema": split.state_dict()}, path)
+    for ema in (False, True):
+        model = small()
+        assert not mambavision.load_checkpoint(model, path, ema=ema).unexpected
+        assert same(model, source)
+    again = timm.layers.convert_splitbn_model(small(), 2)
+    mambavision.load_checkpoint(again, path)
+    assert same(again, split)
 
 
 # Files that do not fit
@@ -176,7 +195,11 @@ def test_flipped_bits(whole):
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (b"\n <HTML>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
-        (b"hello", "truncated or damaged"),
+        (b"hello", "is not a checkpoint"),
+        (b"import os\nprint(1)\n", "is not a checkpoint"),
+        (b"cat\ndog\n", "is not a checkpoint"),  # a pickle that asks for the class at.dog
+        (b"\x89PNG\r\n\x1a\n", "is not a checkpoint"),
+        (b"\x80\x02GIF89a", "truncated or damaged"),
         (b"\x80\x02.", "truncated or damaged"),
     ],
 )
@@ -186,6 +209,7 @@ def test_other_files(content, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as error:
         mambavision.load_checkpoint(small(), path)
     assert str(path) in str(error.value)
+    assert "trust" not in str(error.value)
 
 
 def test_missing_files_and_other_contents(tmp_path):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import FastCollateMixup, IterableImageDataset
 
-from engine import data, loaders
+from engine import build, data, loaders
+from engine.options import train_options
 from mambavision.errors import DataError, UserError
+from mambavision.launch import Process
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -70,6 +73,18 @@ def test_no_folder_at_all_is_an_error():
         data.open_split(data_dir=None, split="train")
 
 
+def test_folders_of_the_working_directory_are_not_taken_for_missing_splits(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(digits)
+    for split in ("train", "val"):
+        for root in (str(tmp_path), None):
+            with pytest.raises(DataError):
+                data.open_split(data_dir=root, split=split, is_training=True)
+    for path in ("./train", "val/", str(digits / "val")):
+        assert data.find_split(str(tmp_path), path, may_be_root=False).samefile(path)
+    with pytest.raises(DataError, match="has no folder for the split 'holdout'"):
+        data.find_split(str(digits / "val"), "holdout", may_be_root=True)
+
+
 def test_differing_classes_are_listed():
     names = ["cat", "dog", "owl"]
     data.check_same_classes(names, ["cat", "dog", "owl"], "a", "b")
@@ -92,6 +107,106 @@ def test_class_maps_choose_and_order_classes(digits, tmp_path):
         data.open_split(data_dir=str(digits), split="train", class_map="nothing.txt")
     with pytest.raises(UserError, match="a class map is a text file"):
         data.open_split(data_dir=str(digits), split="train", class_map=__file__)
+    path.write_text("cat\ndog\n")
+    with pytest.raises(DataError, match=r"train: no images of the classes 'cat', 'dog' in the class map"):
+        data.open_split(data_dir=str(digits), split="train", class_map=str(path))
+
+
+# timm's data sets
+
+
+def test_options_that_timms_data_sets_do_not_know_are_refused():
+    for words in (["--skip-corrupt"], ["--exif-transpose"]):
+        data.check_options(train_options(words))
+        with pytest.raises(UserError, match=f"{words[0]} works with image folders only: drop it, or --dataset torch/x"):
+            build.check_options(train_options(["--dataset", "torch/x", *words]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "hfids/x", "--aug-repeats", "2"], "--aug-repeats and --aug-splits need single images"),
+        (["--dataset", "TFDS/x", "--aug-splits", "2", "--mixup=0", "--cutmix=0"], "need single images"),
+        (["--dataset", "wds/x", "--epoch-repeats", "2"], "--epoch-repeats does not reach wds/ streams"),
+        (["--log-wandb"], "pip install wandb"),
+    ],
+)
+def test_impossible_options_are_refused_before_any_work(words, message, monkeypatch):
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        build.check_options(train_options(words), torch.device("cpu"))
+    build.check_options(train_options(["--aug-repeats", "2", "--epoch-repeats", "2"]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 0), (1, 1, 2), (2, 0, 1)])
+def test_the_first_process_downloads_first(monkeypatch, rank, local_rank, turn):
+    """Then one process of every other machine, and then those that find the files."""
+    events = []
+    monkeypatch.setattr(data, "this_process", lambda: Process(rank, local_rank, world_size=4))
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: events.append("download") or "data set")
+    monkeypatch.setattr("torch.distributed.new_group", lambda **kwargs: "group")
+    monkeypatch.setattr("torch.distributed.barrier", lambda group: events.append("barrier"))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda group: None)
+    assert data.open_split(data_dir="x", split="train", dataset="torch/mnist", download=True) == "data set"
+    assert events.index("download") == turn
+    assert events.count("barrier") == 3
+
+
+class Reader:
+    """What timm's streams read from."""
+
+    workers = None
+
+    def __iter__(self):
+        for number in range(40):
+            yield Image.fromarray(np.full((32, 32), 6 * number, np.uint8)).convert("RGB"), number % 3
+
+    def __len__(self):
+        return 40
+
+    def set_loader_cfg(self, num_workers):
+        self.workers = num_workers
+
+
+def stream_batches(workers=0, prefetch=True, **kwargs):
+    stream = IterableImageDataset("", reader=Reader())
+    loader = loaders.train_loader(
+        stream, CONFIG, {"no_aug": True}, batch_size=8, seed=5, prefetch=prefetch, workers=workers,
+        device=torch.device("cpu"), share=loaders.Share(), **kwargs,
+    )  # fmt: skip
+    return loader, stream.reader
+
+
+def test_streams_are_mixed_while_collating():
+    loader, _ = stream_batches(collate_mixup=FastCollateMixup(num_classes=3))
+    for images, targets in loader.epoch(0):
+        assert images.shape == (8, 3, 32, 32)
+        assert targets.shape == (8, 3)
+
+
+def test_streams_can_be_taken_up_in_the_middle():
+    loader, _ = stream_batches(prefetch=False)
+    assert equal(list(loader.epoch(0))[3:], list(loader.epoch(0, first_batch=3)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, None])
+def test_streams_are_told_the_number_of_workers(workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    loader, reader = stream_batches(workers)
+    assert reader.workers == loader.loader.loader.num_workers == (2 if workers is None else workers)
+    stream = IterableImageDataset("", reader=Reader())
+    loader = loaders.eval_loader(
+        stream, CONFIG, batch_size=8, workers=workers, device=torch.device("cpu"), prefetch=False
+    )
+    assert stream.reader.workers == loader.num_workers == (2 if workers is None else workers)
+
+
+def test_streams_smaller_than_a_batch_are_refused():
+    with pytest.raises(UserError, match="--batch-size 64 is more than the 40 training images"):
+        loaders.train_loader(
+            IterableImageDataset("", reader=Reader()), CONFIG, {}, batch_size=64, seed=5, prefetch=False, workers=0,
+            device=torch.device("cpu"), share=loaders.Share(),
+        )  # fmt: skip
 
 
 # Decoding
@@ -118,6 +233,25 @@ def test_every_kind_of_image_keeps_its_brightness(tmp_path, name, image):
     decoded = data.decode_image(tmp_path / name)
     assert decoded.mode == "RGB"
     np.testing.assert_allclose(np.asarray(decoded).mean(-1), gradient() * 255, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "white"),
+    [
+        (np.uint16, 200, 65535),  # dark, but of 16 bits all the same
+        (np.uint16, 300, 65535),
+        (np.int32, 300, 65535),
+        (np.int32, 2e9, 2**31 - 1),
+        (np.float32, 1, 1),
+        (np.float32, 200, 255),
+        (np.float32, 40_000, 65535),
+    ],
+)
+def test_white_depends_on_the_kind_of_pixels(tmp_path, dtype, largest, white):
+    pixels = (gradient() * largest).astype(dtype)
+    Image.fromarray(pixels).save(tmp_path / "image.tif")
+    decoded = np.asarray(data.decode_image(tmp_path / "image.tif", "L"))
+    np.testing.assert_allclose(decoded, pixels * (255 / white), atol=1)
 
 
 def test_exif_rotation_on_request(tmp_path):
@@ -153,6 +287,20 @@ def test_broken_files_are_named_or_counted(folder, how):
     messages = []
     assert data.log_skipped(replaced, messages.append) == 1
     assert "1 of 60 images could not be decoded" in messages[0]
+
+
+def test_any_number_of_broken_files_in_a_row_is_skipped(tmp_path):
+    folder = tmp_path / "train" / "class"
+    folder.mkdir(parents=True)
+    for number in range(1200):
+        (folder / f"{number:04d}.png").touch()
+    split = data.open_split(data_dir=str(tmp_path), split="train", is_training=True, skip_corrupt=True)
+    with pytest.raises(DataError, match="none of its 1200 images can be decoded"):
+        split[0]
+    Image.new("RGB", (8, 8)).save(folder / "1199.png")
+    split = data.open_split(data_dir=str(tmp_path), split="train", is_training=True, skip_corrupt=True)
+    assert split[0][0].size == (8, 8)
+    assert len(split.corrupt_files) == 1199
 
 
 # Batches
@@ -230,9 +378,67 @@ def test_repeats(digits):
     assert len(train_batches(digits, aug_repeats=2)) == 7
 
 
+@pytest.mark.parametrize(
+    ("options", "images"), [({"epoch_repeats": 3}, 180), ({"aug_repeats": 3}, 60), ({"aug_repeats": 1.5}, 60)]
+)
+def test_repeated_images_are_augmented_differently(digits, options, images):
+    batches = train_batches(digits, batch_size=6, **options)
+    assert len({image.numpy().tobytes() for batch, _ in batches for image in batch}) == images
+    middle = len(batches) // 2
+    assert equal(batches[middle:], train_batches(digits, batch_size=6, first_batch=middle, workers=1, **options))
+
+
+def test_repeated_images_follow_the_seed(digits):
+    def order(seed):
+        return [targets.tolist() for _, targets in train_batches(digits, aug_repeats=2, seed=seed)]
+
+    assert order(1) == order(1) != order(2)
+
+
 def test_batches_larger_than_the_data_are_refused(digits):
     with pytest.raises(UserError, match="--batch-size 64 is more than the 60 training images"):
         train_batches(digits, batch_size=64)
+
+
+@pytest.mark.parametrize("words", [["--input-size", "1", "32", "32"], ["--model-kwargs", "in_chans=1"]], ids=" ".join)
+@pytest.mark.parametrize("aug_splits", ["0", "2"], ids=["batches", "prefetched"])
+def test_grey_images_need_one_option_only(digits, words, aug_splits):
+    words = [*words, "--model", "test_resnet", "--aug-splits", aug_splits, "--mixup=0", "--cutmix=0", "--workers=0"]
+    args = train_options(["--data-dir", str(digits), "--batch-size=8", *words])
+    train, validation, classes = build.open_data(args)
+    model = build.build_model(args, build.model_arguments(args, classes))
+    batches = build.build_batches(args, model, train, validation, torch.device("cpu"), loaders.Share())
+    assert batches.config["input_size"][0] == len(batches.config["mean"]) == len(batches.config["std"]) == 1
+    assert batches.config["mean"][0] == pytest.approx(np.mean(model.pretrained_cfg["mean"]))
+    for loader in (batches.train.epoch(0), batches.validation):
+        assert model(next(iter(loader))[0]).isfinite().all()
+
+
+def test_means_of_other_channels_are_refused(digits):
+    model = build.create_any("test_resnet", False, {"in_chans": 1})
+    assert build.data_config(model, {"mean": [0.5]})["mean"] == (0.5,)
+    assert build.data_config(build.create_any("test_resnet", False, {}), {"std": [0.5]})["std"] == (0.5,) * 3
+    with pytest.raises(UserError, match="--mean has 3 values, and the images have 1 channels"):
+        build.data_config(model, {"mean": [0.1, 0.2, 0.3]})
+    with pytest.raises(UserError, match="image files give 1"):
+        data.open_split(data_dir=str(digits), split="train", channels=4)
+
+
+def test_batch_statistics_over_all_gpus_keep_the_activations():
+    arguments = {"num_classes": 3}
+    plain, synchronised = (
+        build.build_model(train_options(["--model", "test_efficientnet", "--seed=1", *words]), arguments).eval()
+        for words in ([], ["--sync-bn"])
+    )
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
+    synchronised.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(synchronised(x), plain(x))
+
+
+def test_wrong_model_arguments_are_one_sentence():
+    with pytest.raises(UserError, match="mamba_vision_T: dt_init must be"):
+        build.create_any("mamba_vision_T", False, {"dt_init": "other"})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

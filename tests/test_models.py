@@ -172,6 +172,30 @@ def test_classifier_can_be_replaced(small_model):
     assert small_model(x).shape == (2, small_model.num_features)
     small_model.reset_classifier(0, "")
     assert small_model(x).shape == (2, small_model.num_features, 2, 2)
+    small_model.reset_classifier(5)
+    assert small_model(x).shape == (2, 5)
+    small_model.reset_classifier(5, "catavgmax")
+    assert small_model(x).shape == (2, 5)
+    pre_logits = small_model.forward_head(small_model.forward_features(x), pre_logits=True)
+    assert pre_logits.shape == (2, small_model.head_hidden_size)
+    assert small_model.head_hidden_size == 2 * small_model.num_features
+    with pytest.raises(ValueError, match="a classifier for 5 classes needs global_pool"):
+        small_model.reset_classifier(5, "")
+
+
+def test_new_classifiers_start_like_the_first(small_model):
+    small_model.reset_classifier(1000)
+    for head in (small_model.head, mambavision.create_model(NAMES[0], num_classes=1000).head):
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not head.bias.any()
+
+
+@torch.inference_mode()
+def test_pruned_models_take_a_classifier(small_model):
+    small_model.prune_intermediate_layers([1])
+    small_model.reset_classifier(5)
+    assert small_model(images()).shape == (2, 5)
+    assert small_model.head_hidden_size == small_model.feature_info[1]["num_chs"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -184,6 +208,10 @@ def test_arguments_of_timm(name):
     torch.testing.assert_close(
         model.forward_head(model.forward_features(x), True), model.forward_features(x).amax((2, 3))
     )
+    model = mambavision.create_model(name, **arguments | {"global_pool": "catavgmax"}).eval()
+    assert model.forward_head(model.forward_features(x), True).shape == (2, model.head_hidden_size)
+    with pytest.raises(ValueError, match="a classifier for 5 classes needs global_pool"):
+        mambavision.create_model(name, **arguments | {"global_pool": ""})
 
 
 def test_state_dict_round_trip(small_model):

@@ -51,6 +51,26 @@ def test_validation_has_refusals_of_its_own(capsys, flag):
     assert VALIDATE_REFUSED[flag] in refusal(capsys, validate_options, f"--{flag}")
 
 
+@pytest.mark.parametrize("words", [["--worker-seeding", "all"], ["--use_multi_epochs_loader"]], ids=" ".join)
+def test_flags_whose_purpose_is_served_anyway_are_noted(capsys, tmp_path, words):
+    assert train_options(words) == train_options([])
+    assert capsys.readouterr().err.startswith(f"note: {words[0].replace('_', '-')} is not needed: ")
+    text = "worker_seeding: all\nuse_multi_epochs_loader: true\n"
+    assert train_options(["--config", recipe(tmp_path, text)]).epochs == train_options([]).epochs
+    assert capsys.readouterr().err.count("note: ") == 2
+
+
+def test_prediction_is_offered_what_it_does(capsys):
+    assert "'--pretrained'" in refusal(capsys, predict_options, "x", "--pretrained")
+    with pytest.raises(SystemExit):
+        predict_options(["--help"])
+    assert "pattern, 'all'" not in capsys.readouterr().out
+
+
+def test_negative_numbers_may_have_exponents():
+    assert train_options(["--mean", "-1e-05", "-.5", "-3"]).mean == [-1e-05, -0.5, -3]
+
+
 def test_wrong_types_and_choices_are_one_sentence(capsys):
     assert "--epochs: invalid int value: 'ten'" in refusal(capsys, train_options, "--epochs", "ten")
     assert "invalid choice: 'cosin'" in refusal(capsys, train_options, "--sched", "cosin")
@@ -78,6 +98,8 @@ def test_recipes_set_defaults_and_the_command_line_wins(tmp_path):
     assert (args.lr, args.opt_betas, args.epochs, args.amp) == (0.5, [0.8, 0.9], 9, False)
     assert args.model_kwargs == {"depths": [1, 2, 3, 4]}
     assert train_options([f"-c{path}"]).epochs == 7
+    args = train_options(["--config", recipe(tmp_path, "mean: [-1.0e-05, -2.5, .5]\nno_amp: false\nno_bfloat: true\n")])
+    assert (args.mean, args.amp, args.bfloat) == ([-1e-05, -2.5, 0.5], True, False)
 
 
 @pytest.mark.parametrize(

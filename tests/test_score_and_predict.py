@@ -107,6 +107,53 @@ def test_many_checkpoints_are_ranked(digits, checkpoint, tmp_path, capsys, kind)
     assert float(written[0]["top1"]) == ranked[0]["top1"]
 
 
+def test_one_bad_checkpoint_of_many_is_recorded(digits, checkpoint, tmp_path, capsys):
+    (tmp_path / "a.pth").write_text("no checkpoint")
+    shutil.copy(checkpoint, tmp_path / "b.pth")
+    mambavision.save_checkpoint({"x": torch.ones(1)}, tmp_path / "c.pth")
+    table = tmp_path / "table.csv"
+    score(digits, "--checkpoint", tmp_path, "--results-file", table)
+    good, *bad = results(capsys)
+    assert (good["checkpoint"], good["model"]) == (str(tmp_path / "b.pth"), "mamba_vision_T")
+    assert [row["checkpoint"] for row in bad] == [str(tmp_path / "a.pth"), str(tmp_path / "c.pth")]
+    assert "is not a checkpoint" in bad[0]["error"]
+    written = list(csv.DictReader(table.open()))
+    assert (written[0]["error"], written[1]["top1"]) == ("", "")
+    (tmp_path / "b.pth").unlink()
+    with pytest.raises(UserError, match=r"none of the 2 models could be scored; the last: .*c\.pth"):
+        score(digits, "--checkpoint", tmp_path)
+
+
+def test_classifiers_may_have_outputs_to_spare(digits, tmp_path, capsys):
+    arguments = SMALL["mamba_vision_T"] | {"num_classes": 5}
+    model = mambavision.create_model("mamba_vision_T", **arguments)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, 3.0, 1.0, 0.0, 9.0])
+    content = {"arch": "mamba_vision_T", "model_kwargs": arguments, "state_dict": model.state_dict()}
+    mambavision.save_checkpoint(content | {"classes": CLASSES}, tmp_path / "five.pth")
+    words = ["--checkpoint", tmp_path / "five.pth", "--img-size", "32"]
+    score(digits, *words)
+    assert results(capsys)["top1"] == 0
+    classify(digits / "val", *words, "--out", tmp_path / "out")
+    (row, *_) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [each["name"] for each in row["predictions"]][:3] == ["class 4", "digit 1", "digit 2"]
+
+
+def test_grey_models_need_one_option_only(digits, tmp_path, capsys):
+    model = mambavision.create_model("test_resnet", num_classes=3, in_chans=1)
+    mambavision.save_checkpoint(model.state_dict(), tmp_path / "grey.pth")
+    words = ["--checkpoint", tmp_path / "grey.pth", "--model", "test_resnet", "--num-classes", "3", "--in-chans", "1"]
+    score(digits, *words)
+    assert np.isfinite(results(capsys)["loss"])
+    classify(digits / "val", *words, "--out", tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 15
+
+
+def test_released_weights_may_be_named_needlessly(digits, checkpoint, capsys):
+    score(digits, "--checkpoint", checkpoint, "--pretrained")
+    assert "--pretrained does nothing here" in capsys.readouterr().out
+
+
 def test_many_models_can_be_named(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("mamba_vision_T\nmamba_vision_S\n")
@@ -224,6 +271,16 @@ def test_predictions_in_three_forms(digits, checkpoint, tmp_path, capsys):
     assert drawn == {"right": right, "wrong": 15 - right}
 
 
+def test_predictions_can_be_compiled(digits, checkpoint, tmp_path, monkeypatch):
+    compiled = []
+    compile_model = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compiled.append(kwargs) or compile_model(*args, **kwargs)
+    )
+    classify(digits / "val", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--torchcompile", "eager")
+    assert compiled == [{"backend": "eager"}]
+
+
 def test_inputs_are_files_folders_and_patterns(digits):
     one = digits / "val" / "digit 0" / "20.png"
     assert find_images([str(one)]) == [one]
@@ -323,6 +380,23 @@ def test_models_are_timed_side_by_side(tmp_path, capsys, words):
     assert first["params_m"] == pytest.approx(sum(each.numel() for each in timm_model(words[0]).parameters()) / 1e6)
     assert first["memory_mib"] is None or first["memory_mib"] >= 0
     assert report["mode"] == ("training" if "--train" in words else "inference")
+
+
+def test_models_of_other_channels_are_timed(tmp_path):
+    options = [
+        "--model",
+        "test_resnet",
+        "--model-kwargs",
+        "in_chans=1",
+        "--bs",
+        "1",
+        "--rounds",
+        "1",
+        "--iterations",
+        "1",
+    ]
+    compare(throughput_options([*options, "--resolution", "32", "--json", str(tmp_path / "speed.json"), *CPU]))
+    assert json.loads((tmp_path / "speed.json").read_text())["results"][0]["input_size"] == [1, 32, 32]
 
 
 def timm_model(name):

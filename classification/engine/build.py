@@ -3,13 +3,16 @@
 import argparse
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import timm
 import torch
 from timm.data import FastCollateMixup, Mixup, resolve_data_config
-from timm.layers import convert_splitbn_model
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import get_model_input_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -29,6 +32,8 @@ _logger = logging.getLogger(__name__)
 def check_options(args: argparse.Namespace, device: torch.device) -> None:
     """Raise a UserError for options that do not go together."""
     check_model_name(args.model)
+    data.check_options(args)
+    is_stream = data.is_stream(args.dataset)
     mixing = mixup_is_on(args)
     distilled_on_cpu = args.model_ema_force_cpu and device.type != "cpu"
     problems = {
@@ -44,6 +49,13 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
             args.batch_size, args.grad_accum_steps, args.epochs
         )
         < 1,
+        "--aug-repeats and --aug-splits need single images: drop them, or choose another --dataset than a stream.": (
+            is_stream and (args.aug_repeats or args.aug_splits)
+        ),
+        "--epoch-repeats does not reach wds/ streams: drop it.": (
+            args.epoch_repeats and args.dataset.lower().startswith("wds/")
+        ),
+        "--log-wandb needs the package wandb: pip install wandb.": args.log_wandb and find_spec("wandb") is None,
     }
     for problem, present in problems.items():
         if present:
@@ -65,7 +77,7 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str] | N
         "data_dir": args.data_dir,
         "dataset": args.dataset,
         "class_map": args.class_map,
-        "channels": args.input_size[0] if args.input_size else 3,
+        "channels": _channels(args) or 3,
         "download": args.dataset_download,
         "seed": args.seed,
         "exif_transpose": args.exif_transpose,
@@ -80,11 +92,16 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str] | N
     return train, validation, names
 
 
+def _channels(args: argparse.Namespace) -> int | None:
+    """Return the channels that the options ask for; None for the model's own."""
+    return args.model_kwargs.get("in_chans", args.input_size[0] if args.input_size else None)
+
+
 def model_arguments(args: argparse.Namespace, classes: list[str] | None) -> dict[str, Any]:
     """Return the arguments that build the model again."""
     arguments = {
         "num_classes": args.num_classes or (len(classes) if classes else None),
-        "in_chans": args.input_size[0] if args.input_size else None,
+        "in_chans": _channels(args),
         "drop_rate": args.drop_rate,
         "attn_drop_rate": args.attn_drop_rate,
         "drop_path_rate": args.drop_path,
@@ -111,7 +128,7 @@ def build_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Modul
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # torch's own would lose the activations of timm's norm layers
     return model
 
 
@@ -119,8 +136,38 @@ def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Mod
     """Create a model; arguments that it does not take are a UserError."""
     try:
         return create_model(name, pretrained=pretrained, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {str(error).split('__init__() ')[-1]}.") from error
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Return channels, height and width of the images that a model is meant for."""
+    return get_model_input_config(model)["input_size"]
+
+
+def data_config(model: nn.Module, options: Mapping[str, Any], use_test_size: bool = False) -> dict[str, Any]:
+    """Return timm's data config: of the options, else the model's own, and always with the channels of the model.
+
+    Args:
+        model: The model.
+        options: What of input_size, mean, std, crop_pct, crop_mode and interpolation should differ from its defaults.
+        use_test_size: Prefer the size that the model is tested at, if it has one.
+
+    Raises:
+        UserError: The mean or std of the options is for another number of channels.
+    """
+    channels = input_size(model)[0]
+    statistics = {key: tuple(options[key]) for key in ("mean", "std") if options.get(key)}
+    for key, values in statistics.items():
+        if len(values) not in (1, channels):
+            raise UserError(f"--{key} has {len(values)} values, and the images have {channels} channels; give as many.")
+    others = {key: value for key, value in options.items() if key not in statistics}
+    config = resolve_data_config(others, model=model, use_test_size=use_test_size)
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for key in ("mean", "std"):
+        values = statistics.get(key, config[key])
+        config[key] = tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+    return config
 
 
 @dataclass
@@ -142,7 +189,7 @@ def build_batches(
     share: loaders.Share,
 ) -> Batches:
     """Create the loaders."""
-    config = resolve_data_config(vars(args), model=model)
+    config = data_config(model, vars(args))
     # Worker processes are cheaper than the training process on a CPU; on a GPU, batches travel as bytes.
     prefetch = (device.type != "cpu" or args.aug_splits > 1) and not args.no_prefetcher
     mixup = None

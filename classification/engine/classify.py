@@ -4,7 +4,7 @@ import argparse
 import glob
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from timm.utils import natural_key
 
 from engine import report
 from engine.contact_sheet import Tile, draw_contact_sheets
-from engine.data import DECODING_ERRORS, decode_image, why_undecodable
+from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
 from engine.run import require_writable
 from engine.saved import Classifier, mixed_precision, open_classifier
 from mambavision.checkpoint import replacing
@@ -47,13 +47,14 @@ def predict(args: argparse.Namespace) -> None:
     files = find_images(args.inputs)
     classifier = open_classifier(args, args.model, args.checkpoint, device, exif_default=True)
     names = _class_names(args.class_names, classifier)
+    forward = torch.compile(classifier.model, backend=args.torchcompile) if args.torchcompile else classifier.model
 
     predictions: dict[Path, list[Candidate]] = {}
     corrupt: list[str] = []
     with report.progress("predicting", len(files), interval=100) as line:
         skipped = corrupt if args.skip_corrupt else None
         for batch_files, images in _batches(files, classifier, args.batch_size, skipped, line):
-            probabilities = _probabilities(args, classifier, images, device)
+            probabilities = _probabilities(args, forward, images, device)
             for file, row in zip(batch_files, probabilities, strict=True):
                 predictions[file] = _best(row, names, args.topk)
     if not predictions:
@@ -91,7 +92,7 @@ def _batches(
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
     """Yield files and their (batch, channels, H, W) images; broken files go to `corrupt`, or are an error if None."""
     transform = create_transform(**classifier.data_config)
-    mode = "L" if classifier.data_config["input_size"][0] == 1 else "RGB"
+    mode = image_mode(classifier.data_config["input_size"][0])
     names: list[Path] = []
     images: list[torch.Tensor] = []
     for file in files:
@@ -116,11 +117,14 @@ def _batches(
 
 @torch.inference_mode()
 def _probabilities(
-    args: argparse.Namespace, classifier: Classifier, images: torch.Tensor, device: torch.device
+    args: argparse.Namespace,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    device: torch.device,
 ) -> torch.Tensor:
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     with mixed_precision(args, device)():
-        logits = classifier.model(images.to(device, memory_format=memory_format))
+        logits = forward(images.to(device, memory_format=memory_format))
     return logits.float().softmax(dim=1).cpu()
 
 
@@ -141,13 +145,14 @@ def _class_names(path: str | None, classifier: Classifier) -> list[str]:
         if len(names) != count:
             raise DataError(f"{path}: has {len(names)} names, the model {count} classes.")
         return names
-    if classifier.classes is not None:
-        return classifier.classes
+    unnamed = [f"class {index}" for index in range(count)]
+    if classifier.classes is not None:  # fewer than outputs, if it was trained with a larger --num-classes
+        return classifier.classes + unnamed[len(classifier.classes) :]
     subset = infer_imagenet_subset(classifier.model)
     if subset:
         info = ImageNetInfo(subset)
         return [info.index_to_description(index) for index in range(count)]
-    return [f"class {index}" for index in range(count)]
+    return unnamed
 
 
 def _write(

@@ -1,19 +1,24 @@
 """Data sets of images: finding and checking class folders, and decoding that never hides a broken file."""
 
+import argparse
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+import torch.distributed
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers import add_img_extensions, get_img_extensions
 from timm.data.readers.class_map import load_class_map
 
 from mambavision.errors import DataError, UserError
+from mambavision.launch import this_process
 
 _logger = logging.getLogger(__name__)
 
@@ -40,9 +45,25 @@ def decode_image(file: str | os.PathLike | BinaryIO, mode: str = "RGB", exif_tra
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
-        full_scale = 65535.0 if values.max(initial=0.0) > 255.0 else 255.0
+        full_scale = _full_scale(image.mode, values.max(initial=0.0))
         image = Image.fromarray((values * (255.0 / full_scale)).clip(0, 255).round().astype(np.uint8))
     return image.convert(mode)
+
+
+def _full_scale(mode: str, largest: float) -> float:
+    """Return the value of white: by the mode, and only where that leaves it open, by the largest value."""
+    if mode.startswith("I;16"):
+        return 2.0**16 - 1
+    candidates = (1.0, 2.0**8 - 1, 2.0**16 - 1) if mode == "F" else (2.0**16 - 1, 2.0**31 - 1)
+    return next((scale for scale in candidates if largest <= scale), candidates[-1])
+
+
+def image_mode(channels: int) -> str:
+    """Return the colour mode, as Pillow names it, that gives images of so many channels."""
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise UserError(f"the model takes images of {channels} channels; image files give 1 (grey) or 3 (colour).")
+    return modes[channels]
 
 
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -75,7 +96,12 @@ class FolderDataset(ImageDataset):
         exif_transpose: bool = False,
         skip_corrupt: Literal["", "replace", "mark"] = "",
     ) -> None:
-        super().__init__(str(root), class_map=class_map, input_img_mode=mode)
+        try:
+            super().__init__(str(root), class_map=class_map, input_img_mode=mode)
+        except RuntimeError as error:  # timm's, if it finds nothing
+            classes = f" of the classes {_listed(list(class_map))} in the class map" if class_map else ""
+            raise DataError(f"{root}: no images{classes}.") from error
+        self.root = root
         self.exif_transpose = exif_transpose
         self.skip_corrupt = skip_corrupt
         self._is_corrupt = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # written by worker processes
@@ -86,10 +112,22 @@ class FolderDataset(ImageDataset):
         return [self.filename(int(index)) for index in self._is_corrupt.nonzero()]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self._read(index)
+        while image is None and self.skip_corrupt == "replace":
+            if self._is_corrupt.all():
+                raise DataError(f"{self.root}: none of its {len(self)} images can be decoded.")
+            index = (index + 1) % len(self)
+            image, target = self._read(index)
+        if image is None:
+            image, target = Image.new(self.input_img_mode, (64, 64)), SKIPPED
+        return (image if self.transform is None else self.transform(image)), target
+
+    def _read(self, index: int) -> tuple[Image.Image | None, int]:
+        """Return image and target; no image if the file is broken and such files are skipped."""
         file, target = self.reader[index]
         try:
             with file:
-                image = decode_image(file, self.input_img_mode, self.exif_transpose)
+                return decode_image(file, self.input_img_mode, self.exif_transpose), target
         except DECODING_ERRORS as error:
             if not self.skip_corrupt:
                 raise DataError(
@@ -97,10 +135,25 @@ class FolderDataset(ImageDataset):
                     "remove it, or leave such files out with --skip-corrupt."
                 ) from error
             self._is_corrupt[index] = True
-            if self.skip_corrupt == "replace" and not self._is_corrupt.all():
-                return self[(index + 1) % len(self)]
-            image, target = Image.new(self.input_img_mode, (64, 64)), SKIPPED
-        return (image if self.transform is None else self.transform(image)), target
+            return None, target
+
+
+def is_folder(dataset: str) -> bool:
+    """Whether a data set type means image folders, which this module reads, and not one of timm's."""
+    return dataset in ("", "folder")
+
+
+def is_stream(dataset: str) -> bool:
+    """Whether timm reads a data set type from beginning to end, without access to single images."""
+    return dataset.lower().startswith(("hfids/", "tfds/", "wds/"))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a UserError for options that timm's data sets do not know."""
+    for flag in ("skip_corrupt", "exif_transpose"):
+        if getattr(args, flag) and not is_folder(args.dataset):
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} works with image folders only: drop it, or --dataset {args.dataset}.")
 
 
 def open_split(
@@ -126,13 +179,16 @@ def open_split(
         dataset: timm's data set type; empty for image folders.
         class_map: File, or dictionary from class name to index; empty for folder names in natural order.
         channels: 1 reads grey images, 3 colour.
+        download: Let timm download the data set; in distributed runs, once for every machine.
 
     Raises:
         DataError: There is no such folder, or it holds no images, or a class folder is empty.
+        UserError: Images cannot have so many channels.
     """
-    mode = "L" if channels == 1 else "RGB"
-    if dataset not in ("", "folder"):
-        return create_dataset(
+    mode = image_mode(channels)
+    if not is_folder(dataset):
+        create = partial(
+            create_dataset,
             dataset,
             root=data_dir,
             split=split,
@@ -144,6 +200,7 @@ def open_split(
             repeats=epoch_repeats,
             input_img_mode=mode,
         )
+        return _one_after_the_other(create) if download else create()
     root = find_split(data_dir, split, may_be_root=not is_training)
     if isinstance(class_map, str) and class_map:
         class_map = _read_class_map(class_map, root)
@@ -153,24 +210,41 @@ def open_split(
     return FolderDataset(root, class_map, mode, exif_transpose, skipping)
 
 
+def _one_after_the_other(download: Callable[[], torch.utils.data.Dataset]) -> torch.utils.data.Dataset:
+    """Let the first process download, then one of every other machine; the rest finds the files there."""
+    process = this_process()
+    if not process.is_distributed:
+        return download()
+    # The other processes wait longer for a download than collectives may take, and on the CPU.
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    own_turn = 0 if process.is_first else 1 if process.local_rank == 0 else 2
+    for turn in range(3):
+        if turn == own_turn:
+            dataset = download()
+        torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
+    return dataset
+
+
 def find_split(data_dir: str | None, split: str, may_be_root: bool) -> Path:
     """Return the folder (or tar file) of a split of an image folder data set."""
+    is_path = Path(split).name != split  # and not the name of a folder that happens to be in the working directory
     if not data_dir:
-        if Path(split).exists():
+        if is_path and Path(split).exists():
             return Path(split)
         raise DataError("no data: give the folder of the data set with --data-dir.")
     root = Path(data_dir)
     if not root.exists():
         raise DataError(f"{root}: no such folder; --data-dir needs train/ and val/, each with a folder for each class.")
     names = next((names for names in _SPLIT_NAMES.values() if split in names), ())
-    candidates = [root / name for name in dict.fromkeys((split, *names))] + [Path(split)]
-    for candidate in candidates:
+    candidates = [root / name for name in dict.fromkeys((split, *names))]
+    for candidate in candidates + [Path(split)] * is_path:
         if candidate.is_dir() or (candidate.suffix == ".tar" and candidate.is_file()):
             return candidate
     splits_here = [name for names in _SPLIT_NAMES.values() for name in names if (root / name).is_dir()]
-    if may_be_root and not splits_here:
+    if may_be_root and names and not splits_here:
         return root
-    tried = ", ".join(f"{candidate.name}/" for candidate in candidates[:-1])
+    tried = ", ".join(f"{candidate.name}/" for candidate in candidates)
     raise DataError(
         f"{root}: has no folder for the split {split!r} (looked for {tried}), each with a folder per class."
     )

@@ -1,7 +1,8 @@
 """Batches of images whose order and augmentation depend on the seed, the epoch and the process only.
 
-Each image is augmented with random numbers of its own, derived from (seed, epoch, process, index), and the order of an
-epoch from (seed, epoch). So neither the number of workers nor an interruption changes what a run sees.
+Each image is augmented with random numbers of its own, derived from (seed, epoch, process, index, how often the epoch
+showed it before), and the order of an epoch from (seed, epoch). So neither the number of workers nor an interruption
+changes what a run sees. timm's streams are an exception: they have an order of their own.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_loader, create_transform
+from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
@@ -33,7 +34,7 @@ class Share:
 
 
 class SeededDataset(Dataset):
-    """Gives every sample its own random numbers."""
+    """Gives every sample its own random numbers; is indexed by what `EpochSampler` yields."""
 
     def __init__(self, dataset: Dataset, seed: int, rank: int) -> None:
         self.dataset = dataset
@@ -44,14 +45,14 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        entropy = np.random.SeedSequence([self.seed, int(self.epoch), self.rank, index])
+    def __getitem__(self, number: int) -> Any:
+        entropy = np.random.SeedSequence([self.seed, int(self.epoch), self.rank, number])
         with contextlib.nullcontext() if get_worker_info() else _preserved_random_state():
             seed = int(entropy.generate_state(1)[0])
             random.seed(seed)
             np.random.seed(seed)
             torch.random.default_generator.manual_seed(seed)
-            return self.dataset[index]
+            return self.dataset[number % len(self.dataset)]
 
 
 @contextlib.contextmanager
@@ -65,10 +66,25 @@ def _preserved_random_state() -> Iterator[None]:
         torch.random.set_rng_state(states[2])
 
 
-class EpochSampler(Sampler):
-    """Repeats a sampler within an epoch, and can start at a later batch of it."""
+class SeededRepeatSampler(RepeatAugSampler):
+    """timm's sampler of repeated images, with an order that depends on a seed too, as torch's samplers' does."""
 
-    def __init__(self, sampler: DistributedSampler | RepeatAugSampler, repeats: int, batch_size: int) -> None:
+    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+
+class EpochSampler(Sampler):
+    """Repeats a sampler within an epoch, and can start at a later batch of it.
+
+    Yields ``index + size * shown``, where `size` is that of the data set and `shown` how often the epoch had the image
+    before, so that the copies of an image can be told apart.
+    """
+
+    def __init__(self, sampler: DistributedSampler | SeededRepeatSampler, repeats: int, batch_size: int) -> None:
         self.sampler = sampler
         self.repeats = max(1, repeats)
         self.batch_size = batch_size
@@ -81,9 +97,13 @@ class EpochSampler(Sampler):
         return islice(self._whole_epoch(), self.first_batch * self.batch_size, None)
 
     def _whole_epoch(self) -> Iterator[int]:
+        size = len(self.sampler.dataset)
+        shown = [0] * size
         for repeat in range(self.repeats):
             self.sampler.set_epoch(self.epoch * self.repeats + repeat)
-            yield from self.sampler
+            for index in self.sampler:
+                yield index + size * shown[index]
+                shown[index] += 1
 
     def __len__(self) -> int:
         return len(self.sampler) * self.repeats
@@ -101,12 +121,13 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (images, targets) of an epoch from `first_batch` on."""
-        if self._seeded is None:  # a stream of timm's, which counts epochs itself
+        if self._seeded is None:  # a stream of timm's, which counts epochs itself and can only be read from its start
             self.loader.dataset.set_epoch(epoch)
+            yield from islice(self.loader, first_batch, None)
         else:
             self._seeded.epoch.fill_(epoch)
             self.loader.sampler.set_epoch(epoch, first_batch)
-        yield from self.loader
+            yield from self.loader
 
     def stop_mixup(self) -> None:
         """Switch off mixup that happens while collating; workers must start anew to notice."""
@@ -141,16 +162,13 @@ def train_loader(
         augmentation: Arguments of timm's ``create_transform``; ``re_…`` for random erasing.
         prefetch: Move and normalise batches on `device` ahead of their use.
         collate_mixup: Mixes images while collating; only with `prefetch`.
-        aug_repeats: Copies of each image, augmented differently, spread over the processes.
-        aug_splits: Copies of each image in one batch: one clean, the others augmented.
+        aug_repeats: Copies of each image, augmented differently, spread over the processes; not of streams.
+        aug_splits: Copies of each image in one batch: one clean, the others augmented; not of streams.
+        epoch_repeats: Passes over the data in an epoch; streams bring their own.
 
     Raises:
         UserError: A batch is larger than the data.
     """
-    if isinstance(dataset, IterableImageDataset):
-        return TrainLoader(
-            _stream(dataset, data_config, augmentation, batch_size, workers, device, share, prefetch), None
-        )
     erase = {key: value for key, value in augmentation.items() if key.startswith("re_")}
     erase["re_num_splits"] = (aug_splits or 2) if erase_only_augmented else 0
     if aug_splits > 1:
@@ -164,24 +182,28 @@ def train_loader(
         separate=aug_splits > 1,
         **{**augmentation, **erase},
     )
-    seeded = SeededDataset(dataset, seed, share.rank)
-    if aug_repeats:
-        sampler = RepeatAugSampler(dataset, share.world_size, share.rank, num_repeats=aug_repeats)
+    workers = _worker_count(workers)
+    if isinstance(dataset, IterableImageDataset):
+        dataset.set_loader_cfg(num_workers=workers)
+        seeded = sampler = None
     else:
-        sampler = DistributedSampler(dataset, share.world_size, share.rank, seed=seed)
+        seeded = SeededDataset(dataset, seed, share.rank)
+        sampler = EpochSampler(_sampler(dataset, share, seed, aug_repeats), epoch_repeats, batch_size)
     loader = DataLoader(
-        seeded,
+        dataset if seeded is None else seeded,
         batch_size=batch_size,
-        sampler=EpochSampler(sampler, epoch_repeats, batch_size),
+        sampler=sampler,
         drop_last=True,
         collate_fn=(collate_mixup or fast_collate) if prefetch else default_collate,
-        generator=torch.Generator(),  # keeps the loader's hands off the global random state
-        **_worker_options(workers, pin_memory),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        # Of its own, to keep the loader's hands off the global random state; streams are augmented by it.
+        generator=torch.Generator().manual_seed(seed + share.rank),
     )
     if len(loader) == 0:
-        raise UserError(
-            f"--batch-size {batch_size} is more than the {len(loader.sampler)} training images of a process; lower it."
-        )
+        images = len(dataset if sampler is None else sampler)
+        raise UserError(f"--batch-size {batch_size} is more than the {images} training images of a process; lower it.")
     if prefetch:
         loader = PrefetchLoader(
             loader,
@@ -194,20 +216,10 @@ def train_loader(
     return TrainLoader(loader, seeded)
 
 
-def _stream(dataset, data_config, augmentation, batch_size, workers, device, share, prefetch) -> Any:
-    return create_loader(
-        dataset,
-        input_size=data_config["input_size"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-        batch_size=batch_size,
-        is_training=True,
-        num_workers=_DEFAULT_WORKERS if workers is None else workers,
-        distributed=share.world_size > 1,
-        device=device,
-        use_prefetcher=prefetch,
-        **augmentation,
-    )
+def _sampler(dataset: Dataset, share: Share, seed: int, aug_repeats: float) -> DistributedSampler | SeededRepeatSampler:
+    if aug_repeats:
+        return SeededRepeatSampler(dataset, share.world_size, share.rank, num_repeats=aug_repeats, seed=seed)
+    return DistributedSampler(dataset, share.world_size, share.rank, seed=seed)
 
 
 def eval_loader(
@@ -224,15 +236,18 @@ def eval_loader(
     """Return batches in order; processes get equally many, the last ones padded with images seen already."""
     dataset.transform = create_transform(**data_config, use_prefetcher=prefetch)
     streaming = isinstance(dataset, IterableImageDataset)
+    workers = _worker_count(workers)
     if streaming:
-        dataset.set_loader_cfg(num_workers=workers or _DEFAULT_WORKERS)
+        dataset.set_loader_cfg(num_workers=workers)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=None if streaming else OrderedDistributedSampler(dataset, share.world_size, share.rank),
         collate_fn=fast_collate if prefetch else default_collate,
         generator=torch.Generator(),
-        **_worker_options(workers, pin_memory),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
     )
     if not prefetch:
         return loader
@@ -240,8 +255,8 @@ def eval_loader(
     return PrefetchLoader(loader, data_config["mean"], data_config["std"], channels=channels, device=device)
 
 
-def _worker_options(workers: int | None, pin_memory: bool) -> dict[str, Any]:
-    if workers is None:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(_DEFAULT_WORKERS, usable)
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+def _worker_count(wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(_DEFAULT_WORKERS, usable)

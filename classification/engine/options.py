@@ -9,12 +9,16 @@ so that types and choices are checked in one place and the command line wins. Fl
 import argparse
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+# argparse's own pattern takes -1e-05 for a flag.
+_NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 Refused = dict[str, str]  # flag of the originals -> why it is not there and what to use
 
@@ -25,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, refused: Refused, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
         self.refused = refused
+        self._negative_number_matcher = _NEGATIVE_NUMBER
 
     def switch(self, *names: str, default: bool = False, help: str) -> None:
         """Add a flag that a recipe can turn on and the command line off again, with ``--no-…``."""
@@ -74,7 +79,9 @@ class Parser(argparse.ArgumentParser):
             if not isinstance(value, bool):
                 self.error(f"{path}: {key} must be true or false, got {value!r}")
             if isinstance(action, argparse.BooleanOptionalAction):
-                return [flag if value else "--no-" + flag[2:]]
+                name = flag[2:].removeprefix("no-")
+                is_on = value is (name == flag[2:])  # no_amp: false is amp: true
+                return [f"--{name}" if is_on else f"--no-{name}"]
             return [flag] if value else []
         if isinstance(value, dict):
             return [flag, *(f"{name}={item!r}" for name, item in value.items())]
@@ -88,6 +95,16 @@ def _hyphenated(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+class NotNeeded(argparse.Action):
+    """Accepts a flag of the originals whose purpose is served anyway: stores nothing, and says what `help` says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"note: {option_string} is {self.help}", file=sys.stderr)
 
 
 class KeyValues(argparse.Action):
@@ -120,8 +137,6 @@ TRAIN_REFUSED: Refused = {
     "apex-amp": "Apex is no longer maintained; use --amp",
     "ampere-sparsity": "it called a function that did not exist",
     "torchscript": "TorchScript is deprecated in PyTorch and cannot script the operators; use --torchcompile",
-    "use-multi-epochs-loader": "the workers are always kept from epoch to epoch",
-    "worker-seeding": "every image has random numbers of its own, whatever the workers",
     "tta": "it averaged the predictions of neighbouring images instead of augmented copies",
 }
 
@@ -173,6 +188,8 @@ def _add_data_options(parser: Parser) -> None:
     add("-j", "--workers", type=int, help="data loading processes of each process; default: 8, or the CPUs if fewer")
     parser.switch("--pin-mem", help="pin host memory of batches")
     add("--no-prefetcher", action="store_true", help="normalise in the workers instead of on the GPU")
+    add("--worker-seeding", action=NotNeeded, help="not needed: every image has random numbers of its own")
+    add("--use-multi-epochs-loader", action=NotNeeded, nargs=0, help="not needed: the workers always outlive epochs")
     add("--epoch-repeats", type=int, default=0, help="passes over the data in one epoch")
 
 
@@ -316,6 +333,8 @@ def validate_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.switch("--dataset-download", help="let timm download the dataset")
     add("--class-map", default="", metavar="FILE", help="text file of class names in the order of their indices")
     parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
+    add("-m", "--model", help="name, pattern, 'all', or a text file of names; default: the checkpoint's")
+    parser.switch("--pretrained", help="use the released weights, as without --checkpoint anyway")
     _add_saved_model_options(parser)
     add("--test-pool", action="store_true", help="pool over larger images than trained on as timm does")
     add("--use-train-size", action="store_true", help="the training size of models that have a larger test size")
@@ -343,6 +362,7 @@ def predict_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--class-names", metavar="FILE", help="text file with a class name on each line; default: the checkpoint's")
     add("--sheet-limit", type=int, default=100, help="images on contact sheets, spread evenly over the inputs")
     parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
+    add("-m", "--model", help="name of one model; default: the checkpoint's")
     _add_saved_model_options(parser)
     add("-b", "--batch-size", type=int, default=32)
     return parser.parse_args(argv)
@@ -350,9 +370,7 @@ def predict_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _add_saved_model_options(parser: Parser) -> None:
     add = parser.add_argument
-    add("-m", "--model", help="name, pattern, 'all', or a text file of names; default: the checkpoint's")
     add("--checkpoint", default="", metavar="FILE", help="weights; default: the released ones")
-    parser.switch("--pretrained", help="use the released weights")
     parser.switch("--use-ema", help="use the averaged weights of the checkpoint")
     parser.switch("--trust-checkpoint", help="unpickle the checkpoint without restriction: it can run any code")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="further model arguments")

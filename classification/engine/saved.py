@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
-from engine.build import create_any
+from engine.build import create_any, data_config, input_size
 from mambavision.checkpoint import load_weights, read_checkpoint
 from mambavision.errors import UserError
 
@@ -59,17 +58,15 @@ def open_classifier(
     given = {key: getattr(args, key) for key in ("input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")}
     config = saved.get("data_config", {}) | {key: value for key, value in given.items() if value}
     if args.img_size:
-        channels = config.get("input_size", model.pretrained_cfg["input_size"])[0]
-        config["input_size"] = (channels, args.img_size, args.img_size)
-    use_test_size = not getattr(args, "use_train_size", False)
-    data_config = resolve_data_config(config, model=model, use_test_size=use_test_size)
+        config["input_size"] = (input_size(model)[0], args.img_size, args.img_size)
+    config = data_config(model, config, use_test_size=not getattr(args, "use_train_size", False))
 
     exif = args.exif_transpose
     if exif is None:
         exif = saved.get("exif_transpose", exif_default)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format).eval()
-    return Classifier(name, model, data_config, saved.get("classes"), exif)
+    return Classifier(name, model, config, saved.get("classes"), exif)
 
 
 def mixed_precision(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:

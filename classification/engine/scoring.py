@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,22 @@ def validate(args: argparse.Namespace) -> None:
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UserError(f"two data folders: {args.data} and --data-dir {args.data_dir}; give one.")
     args.data_dir = args.data_dir or args.data
+    data.check_options(args)
     if not args.dataset:
         data.find_split(args.data_dir, args.split, may_be_root=True)  # before any model is made or downloaded
     process = this_process()
     device = pick_device(args.device, process)
     report.start_logging(process.is_first)
+    if args.pretrained and args.checkpoint:
+        _logger.info("--pretrained does nothing here: the weights are those of --checkpoint")
     join(process, device)
     todo = list(jobs(args))
-    results = [_score_with_retry(args, *job, process, device, has_company=len(todo) > 1) for job in todo]
+    if len(todo) == 1:
+        results = [_score_with_retry(args, _opened(args, *todo[0], device), process, device)]
+    else:
+        results = [_score_or_explain(args, *job, process, device) for job in todo]
+        if all("error" in result for result in results):
+            raise UserError(f"none of the {len(results)} models could be scored; the last: {results[-1]['error']}")
     if process.is_first:
         _publish(args, results)
     leave(process)  # not after an error: the other processes would be waited for in vain
@@ -76,31 +85,17 @@ def _model_names(model: str) -> list[str]:
     return [model]
 
 
-def _score_with_retry(
-    args: argparse.Namespace,
-    name: str | None,
-    checkpoint: str,
-    process: Process,
-    device: torch.device,
-    has_company: bool,
-) -> dict[str, Any]:
-    batch_size = args.batch_size
-    while True:
-        try:
-            return _score(args, name, checkpoint, process, device, batch_size)
-        except RuntimeError as error:
-            smaller = decay_batch_step(batch_size)
-            is_memory = "memory" in str(error) and check_batch_size_retry(str(error))
-            if not (args.retry or has_company) or not is_memory or not smaller:
-                raise
-            _logger.warning("out of memory with batches of %d: trying %d", batch_size, smaller)
-            batch_size = smaller
-            torch.cuda.empty_cache()
+@dataclass
+class _Opened:
+    """A classifier and the data to score it on."""
+
+    classifier: Classifier
+    checkpoint: str
+    dataset: Dataset
+    columns: list[int] | None  # of the logits, if not all
 
 
-def _score(
-    args: argparse.Namespace, name: str | None, checkpoint: str, process: Process, device: torch.device, batch_size: int
-) -> dict[str, Any]:
+def _opened(args: argparse.Namespace, name: str | None, checkpoint: str, device: torch.device) -> _Opened:
     classifier = open_classifier(args, name, checkpoint, device, exif_default=False)
     dataset = data.open_split(
         data_dir=args.data_dir,
@@ -114,6 +109,42 @@ def _score(
     )
     columns = _columns(args.valid_labels, classifier.model.num_classes)
     _check_classes(dataset, classifier, columns, checkpoint)
+    return _Opened(classifier, checkpoint, dataset, columns)
+
+
+def _score_or_explain(
+    args: argparse.Namespace, name: str | None, checkpoint: str, process: Process, device: torch.device
+) -> dict[str, Any]:
+    """Score one of many; if it cannot even be opened, which all processes notice alike, return why."""
+    try:
+        opened = _opened(args, name, checkpoint, device)
+    except UserError as error:
+        _logger.warning("left out: %s", error)
+        return {"model": name} | ({"checkpoint": checkpoint} if checkpoint else {}) | {"error": str(error)}
+    return _score_with_retry(args, opened, process, device, is_retried=True)
+
+
+def _score_with_retry(
+    args: argparse.Namespace, opened: _Opened, process: Process, device: torch.device, is_retried: bool = False
+) -> dict[str, Any]:
+    batch_size = args.batch_size
+    while True:
+        try:
+            return _score(args, opened, process, device, batch_size)
+        except RuntimeError as error:
+            smaller = decay_batch_step(batch_size)
+            is_memory = "memory" in str(error) and check_batch_size_retry(str(error))
+            if not (args.retry or is_retried) or not is_memory or not smaller:
+                raise
+            _logger.warning("out of memory with batches of %d: trying %d", batch_size, smaller)
+            batch_size = smaller
+            torch.cuda.empty_cache()
+
+
+def _score(
+    args: argparse.Namespace, opened: _Opened, process: Process, device: torch.device, batch_size: int
+) -> dict[str, Any]:
+    classifier, dataset = opened.classifier, opened.dataset
     model, is_test_pooled = _prepared(args, classifier)
     config = classifier.data_config | ({"crop_pct": 1.0} if is_test_pooled else {})
     loader = eval_loader(
@@ -139,14 +170,14 @@ def _score(
             autocast=autocast,
             memory_format=memory_format,
             distributed=process.is_distributed,
-            classes=columns,
+            classes=opened.columns,
             real_labels=real_labels,
             on_batch=lambda batch, images: line and line.step(str),
         )
     data.log_skipped(dataset)
     if real_labels is not None:
         scores["top1"], scores["top5"] = real_labels.get_accuracy(k=1), real_labels.get_accuracy(k=5)
-    return _result(classifier, config, scores) | ({"checkpoint": checkpoint} if checkpoint else {})
+    return _result(classifier, config, scores) | ({"checkpoint": opened.checkpoint} if opened.checkpoint else {})
 
 
 def _prepared(args: argparse.Namespace, classifier: Classifier) -> tuple[nn.Module, bool]:
@@ -178,7 +209,9 @@ def _check_classes(dataset: Dataset, classifier: Classifier, columns: list[int] 
     if columns is None:
         data.check_same_classes(classifier.classes, names, checkpoint, "the data")
     predicted = len(columns) if columns is not None else classifier.model.num_classes
-    if names is not None and len(names) != predicted:
+    # A classifier may have outputs to spare (--num-classes in training) if its checkpoint names the others.
+    has_spare = columns is None and classifier.classes == names and len(names or ()) < predicted
+    if names is not None and len(names) != predicted and not has_spare:
         raise DataError(
             f"the data has {len(names)} classes and the model predicts {predicted}: give a checkpoint trained on these "
             "classes, or say which of the model's classes they are with --valid-labels or --class-map."
@@ -214,7 +247,7 @@ def _result(classifier: Classifier, config: dict[str, Any], scores: dict[str, fl
 
 
 def _publish(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    results.sort(key=lambda result: result["top1"], reverse=True)
+    results.sort(key=lambda result: result.get("top1", -1), reverse=True)
     text = json.dumps(results[0] if len(results) == 1 else results, indent=4)
     print(f"--result\n{text}", flush=True)
     if args.results_file:
@@ -224,7 +257,7 @@ def _publish(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
 
 def _as_csv(results: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=results[0].keys())
+    writer = csv.DictWriter(text, fieldnames=dict.fromkeys(key for result in results for key in result))
     writer.writeheader()
     writer.writerows(results)
     return text.getvalue()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from engine.build import create_any
+from engine.build import create_any, input_size
 from engine.saved import amp_dtype_name, mixed_precision
 from mambavision.checkpoint import replacing
 from mambavision.complexity import Complexity, complexity
@@ -81,16 +81,16 @@ def compare(args: argparse.Namespace) -> None:
 
 def _contestant(args: argparse.Namespace, name: str, device: torch.device) -> _Contestant:
     model = create_any(name, pretrained=False, arguments=args.model_kwargs)
-    channels, height, width = model.pretrained_cfg["input_size"]
-    input_size = (channels, args.resolution or height, args.resolution or width)
-    counts = complexity(model, input_size)
+    channels, height, width = input_size(model)
+    size = (channels, args.resolution or height, args.resolution or width)
+    counts = complexity(model, size)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format).train(args.train)
-    images = torch.randn(args.batch_size, *input_size, device=device).to(memory_format=memory_format)
+    images = torch.randn(args.batch_size, *size, device=device).to(memory_format=memory_format)
     autocast = mixed_precision(args, device)
     forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
     run = _training_run(model, forward, images, autocast) if args.train else _inference_run(forward, images, autocast)
-    return _Contestant(name, input_size, counts, run)
+    return _Contestant(name, size, counts, run)
 
 
 def _inference_run(forward: Callable[[Tensor], Tensor], images: Tensor, autocast: Callable) -> Callable[[], Tensor]:

@@ -17,7 +17,6 @@ from timm.layers import (
     Attention,
     DropPath,
     Mlp,
-    SelectAdaptivePool2d,
     calculate_drop_path_rates,
     create_classifier,
     trunc_normal_,
@@ -203,6 +202,13 @@ class Level(nn.Module):
         return x
 
 
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class MambaVision(nn.Module):
     """MambaVision classifier and backbone.
 
@@ -260,8 +266,7 @@ class MambaVision(nn.Module):
         if dt_init not in ("published", "mamba"):
             raise ValueError(f"dt_init must be 'published' or 'mamba', got {dt_init!r}")
         self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dim * 8
+        self.num_features = dim * 8
         self.decay_A_log = decay_A_log
 
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -297,15 +302,12 @@ class MambaVision(nn.Module):
             self.levels.append(Level(blocks, downsample, window_size[stage] if stage >= 2 else None))
             self.feature_info.append({"num_chs": width, "reduction": 4 * 2**stage, "module": f"levels.{stage}"})
         self.norm = nn.BatchNorm2d(self.num_features)
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self._create_classifier(num_classes, global_pool)
         self._init_weights(dt_init)
 
     def _init_weights(self, dt_init: DtInit) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            _init_linear(module)
         if dt_init == "mamba":
             for module in self.modules():
                 if isinstance(module, MambaVisionMixer):
@@ -338,12 +340,26 @@ class MambaVision(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; `num_classes` 0 removes it."""
+        """Replace the classifier; `num_classes` 0 removes it.
+
+        Args:
+            num_classes: Classes of the new one.
+            global_pool: Pooling type; None keeps the present one, or is avg if there is none and a classifier needs it.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
+        self._create_classifier(num_classes, global_pool)
+        _init_linear(self.head)
+
+    def _create_classifier(self, num_classes: int, global_pool: str) -> None:
+        if num_classes and not global_pool:
+            raise ValueError(f"a classifier for {num_classes} classes needs global_pool: avg, max, avgmax or catavgmax")
+        reference = next(self.parameters())
         self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        reference = self.norm.weight
-        self.global_pool, head = create_classifier(self.num_features, num_classes, pool_type=pool_type)
-        self.head = head.to(device=reference.device, dtype=reference.dtype)
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -391,15 +407,14 @@ class MambaVision(nn.Module):
         """Remove what the stage features `indices` do not need."""
         take, last = feature_take_indices(len(self.levels), indices)
         if last < len(self.levels) - 1:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
             prune_norm = prune_head = True  # both are sized for the last stage
         self.levels = self.levels[: last + 1]
         self.levels[last].downsample = nn.Identity()
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.num_classes = 0
-            self.global_pool, self.head = SelectAdaptivePool2d(pool_type=""), nn.Identity()
+            self.reset_classifier(0, "")
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
