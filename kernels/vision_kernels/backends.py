@@ -110,7 +110,9 @@ class Operator:
         pairs = dict(pair.partition("=")[::2] for pair in setting.split(","))
         unknown = [name for name in pairs if name not in OPERATORS]
         if unknown:
-            raise ValueError(f"{BACKEND_VARIABLE}={setting}: there is no operator {unknown[0]}, only {', '.join(OPERATORS)}")
+            raise ValueError(
+                f"{BACKEND_VARIABLE}={setting}: there is no operator {unknown[0]}, only {', '.join(OPERATORS)}"
+            )
         return pairs.get(self.name, "")
 
     def _forced(self, backend: str, device_type: str, arguments: tuple) -> Implementation:
@@ -144,5 +146,9 @@ def overview() -> str:
             status = f"active on {', '.join(active)}" if active else reason or "available"
             lines.append(f"  {each.backend:<10} {each.summary:<45} {status}")
     forced = os.environ.get(BACKEND_VARIABLE)
-    lines.append(f"\n{BACKEND_VARIABLE}={forced} forces another choice." if forced else f"\nSet {BACKEND_VARIABLE} to one of these names to force it.")
+    lines.append(
+        f"\n{BACKEND_VARIABLE}={forced} forces another choice."
+        if forced
+        else f"\nSet {BACKEND_VARIABLE} to one of these names to force it."
+    )
     return "\n".join(lines)

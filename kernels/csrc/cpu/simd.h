@@ -17,6 +17,7 @@
 #define VK_ENTRY(name) extern "C" __attribute__((visibility("default"))) void VK_JOIN(name, VK_ISA)
 
 #define VK_INLINE inline __attribute__((always_inline))
+#define VK_LAMBDA __attribute__((always_inline))
 
 namespace {
 
