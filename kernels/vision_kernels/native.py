@@ -46,6 +46,13 @@ def why_unavailable(instruction_set: str) -> str | None:
     return None
 
 
+def why_not_float32(*arguments: object) -> str | None:
+    """Return why kernels that compute in float32 cannot take these arguments of an operator, or None if they can."""
+    if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in arguments):
+        return "computes in float32, and an input is float64"
+    return None
+
+
 def call(kernel: str, instruction_set: str, *arguments: Tensor | int | None) -> None:
     """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor."""
     _function(kernel, instruction_set)(*map(_converted, arguments))

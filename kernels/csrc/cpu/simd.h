@@ -75,7 +75,7 @@ VK_INLINE void assign(BFloat16* p, float x) {
     p->bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
 }
 
-// The first `count` lanes; the others are zero.
+// The first `count` lanes; the others are zero on loading and untouched on storing.
 template <class T>
 VK_INLINE Vec load_some(const T* p, int count) {
     if (count >= kLanes) return load(p);
@@ -83,6 +83,14 @@ VK_INLINE Vec load_some(const T* p, int count) {
     for (int i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
     return load(lanes);
 }
+template <class T>
+VK_INLINE void store_some(T* p, Vec x, int count) {
+    if (count >= kLanes) return store(p, x);
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int i = 0; i < count; ++i) assign(p + i, lanes[i]);
+}
+
 VK_INLINE float sum(Vec x) {
     float lanes[kLanes], total = 0;
     store(lanes, x);

@@ -10,13 +10,6 @@ _TASKS = 8
 _CHANNELS_PER_TASK = 16
 
 
-def why_unable(*arguments: Tensor | bool | torch.dtype | None) -> str | None:
-    """Return why the kernel cannot compute on these arguments, or None if it can."""
-    if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in arguments):
-        return "computes in float32, and an input is float64"
-    return None
-
-
 def selective_scan_cpu(
     instruction_set, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype
 ) -> Tensor:

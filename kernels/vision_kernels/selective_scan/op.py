@@ -1,8 +1,4 @@
-"""`selective_scan`: argument checks, and registration with torch.library.
-
-Registered as operators, the scan and its gradient are single nodes for autograd, `torch.compile(fullgraph=True)`,
-`torch.export` and fake tensors; which implementation runs is decided when they run (see `vision_kernels.backends`).
-"""
+"""`selective_scan`: argument checks, choice of the implementation, registration."""
 
 import torch
 from torch import Tensor
@@ -10,14 +6,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
-from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward, why_unable
+from vision_kernels.native import why_not_float32
+from vision_kernels.registration import register, register_autograd
+from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward
 from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
 
 OPERATOR = Operator(
     "selective_scan",
     (
-        *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_unable),
+        *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_not_float32),
         Implementation(
             "torch", selective_scan_torch, selective_scan_torch_backward, "plain PyTorch, time-major in place"
         ),
@@ -135,8 +133,7 @@ def _empty_laid_out(tensor: Tensor, channels_last: bool, dtype: torch.dtype | No
     return empty.movedim(1, -1) if channels_last else empty
 
 
-@torch.library.custom_op("vision_kernels::selective_scan", mutates_args=())
-def _selective_scan(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -152,14 +149,12 @@ def _selective_scan(
     return _laid_out(OPERATOR.select(u.device.type, *arguments).forward(*arguments), channels_last)
 
 
-@_selective_scan.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
+def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
     return _empty_laid_out(u, channels_last, out_dtype)
 
 
 # An operator cannot return "no tensor": the gradient of an absent D or delta_bias is an empty tensor.
-@torch.library.custom_op("vision_kernels::selective_scan_backward", mutates_args=())
-def _selective_scan_backward(
+def _gradients(
     grad_y: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -176,8 +171,7 @@ def _selective_scan_backward(
     return tuple(u.new_empty(0) if grad is None else _laid_out(grad, channels_last and grad.ndim > 2) for grad in grads)
 
 
-@_selective_scan_backward.register_fake
-def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
+def _fake_gradients(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
     return tuple(
         u.new_empty(0) if tensor is None else _empty_laid_out(tensor, channels_last and tensor.ndim > 2)
         for tensor in (u, delta, A, B, C, D, delta_bias)
@@ -195,7 +189,9 @@ def _backward(ctx, grad_y):
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None, None
 
 
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+register(_forward, _fake_forward, "selective_scan")
+register(_gradients, _fake_gradients, "selective_scan_backward")
+register_autograd("selective_scan", _backward, _setup_context)
 
 
 def _scan_flops(u_shape, A_shape, *, with_skip: bool) -> int:
