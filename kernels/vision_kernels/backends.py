@@ -83,6 +83,10 @@ class Operator:
     def __post_init__(self) -> None:
         OPERATORS[self.name] = self
 
+    def named(self, backend: str) -> Implementation:
+        """Return the implementation of this name."""
+        return next(each for each in self.implementations if each.backend == backend)
+
     def select(self, device_type: str, *arguments: Any) -> Implementation:
         """Return the implementation that computes `arguments` of the operator on `device_type`.
 

@@ -1,6 +1,6 @@
 // Selective scan: a lane for each channel, one step after the other. Definition: ../../vision_kernels/selective_scan.
 //
-// u, delta, y and their gradients are (batch, dim, length) with any strides; where channels are adjacent in memory
+// u, delta, y and their gradients are (batch, dim, length), or (batch, length, dim) and then turned, with any strides; where channels are adjacent in memory
 // they are read as vectors, otherwise lane by lane. B and C are float32 with adjacent states.
 #include "simd.h"
 
@@ -363,23 +363,45 @@ void backward(const Inputs& in, const Gradients& out) {
     });
 }
 
+// The same tensor with two dimensions exchanged.
+View turned(const View& view, int first, int second) {
+    View result = view;
+    result.size[first] = view.size[second], result.size[second] = view.size[first];
+    result.stride[first] = view.stride[second], result.stride[second] = view.stride[first];
+    return result;
+}
+
 }  // namespace
 
-// y <- scan. D and bias may be absent.
+// y <- scan. D and bias may be absent. B and C are (batch, groups, length, state), or (batch, length, groups, state) if
+// channels are last.
 VK_ENTRY(selective_scan_forward)
 (const View* u, const View* delta, const View* A, const View* B, const View* C, const View* D, const View* bias,
- int64_t with_softplus, const View* y) {
+ int64_t with_softplus, int64_t channels_last, const View* y) {
+    if (channels_last) {
+        const View u_ = turned(*u, 1, 2), delta_ = turned(*delta, 1, 2), y_ = turned(*y, 1, 2);
+        const View B_ = turned(*B, 1, 2), C_ = turned(*C, 1, 2);
+        return VK_JOIN(selective_scan_forward, VK_ISA)(&u_, &delta_, A, &B_, &C_, D, bias, with_softplus, 0, &y_);
+    }
     auto run = u->dtype == kFloat32   ? (y->dtype == kFloat32 ? forward<float, float> : forward<float, BFloat16>)
                : y->dtype == kFloat32 ? forward<BFloat16, float>
                                       : forward<BFloat16, BFloat16>;
     run({*u, *delta, *A, *B, *C, D, bias, with_softplus != 0, shape_of(*u, *B)}, *y);
 }
 
-// Gradients of all inputs from that of y; see Gradients. grad_u and grad_delta have the type of u.
+// Gradients of all inputs from that of y; see Gradients. grad_u and grad_delta have the type and layout of u.
 VK_ENTRY(selective_scan_backward)
 (const View* grad_y, const View* u, const View* delta, const View* A, const View* B, const View* C, const View* D,
- const View* bias, int64_t with_softplus, const View* grad_u, const View* grad_delta, const View* grad_A,
- const View* grad_B, const View* grad_C, const View* grad_D, const View* grad_bias) {
+ const View* bias, int64_t with_softplus, int64_t channels_last, const View* grad_u, const View* grad_delta,
+ const View* grad_A, const View* grad_B, const View* grad_C, const View* grad_D, const View* grad_bias) {
+    if (channels_last) {
+        const View grad_y_ = turned(*grad_y, 1, 2), u_ = turned(*u, 1, 2), delta_ = turned(*delta, 1, 2);
+        const View grad_u_ = turned(*grad_u, 1, 2), grad_delta_ = turned(*grad_delta, 1, 2);
+        const View B_ = turned(*B, 1, 2), C_ = turned(*C, 1, 2);
+        return VK_JOIN(selective_scan_backward, VK_ISA)(&grad_y_, &u_, &delta_, A, &B_, &C_, D, bias, with_softplus, 0,
+                                                        &grad_u_, &grad_delta_, grad_A, grad_B, grad_C, grad_D,
+                                                        grad_bias);
+    }
     auto run = u->dtype == kFloat32 ? (grad_y->dtype == kFloat32 ? backward<float, float> : backward<float, BFloat16>)
                : grad_y->dtype == kFloat32 ? backward<BFloat16, float>
                                            : backward<BFloat16, BFloat16>;

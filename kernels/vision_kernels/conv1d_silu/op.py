@@ -8,7 +8,7 @@ from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.conv1d_silu.cpu import conv1d_silu_cpu, conv1d_silu_cpu_backward
 from vision_kernels.conv1d_silu.reference import conv1d_silu_torch, conv1d_silu_torch_backward
 from vision_kernels.native import why_not_float32
-from vision_kernels.registration import register, register_autograd
+from vision_kernels.registration import register
 
 OPERATOR = Operator(
     "conv1d_silu",
@@ -66,6 +66,4 @@ def _backward(ctx, grad_y):
     return torch.ops.vision_kernels.conv1d_silu_backward(grad_y, *ctx.saved_tensors)
 
 
-register(_forward, _fake_forward, "conv1d_silu")
-register(_gradients, _fake_gradients, "conv1d_silu_backward")
-register_autograd("conv1d_silu", _backward, _setup_context)
+register("conv1d_silu", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)

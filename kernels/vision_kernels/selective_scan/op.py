@@ -1,5 +1,7 @@
 """`selective_scan`: argument checks, choice of the implementation, registration."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -7,20 +9,53 @@ from torch.utils.flop_counter import register_flop_formula
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.native import why_not_float32
-from vision_kernels.registration import register, register_autograd
+from vision_kernels.registration import register
 from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward
 from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
+
+
+def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function on (batch, dim, length) serve both layouts."""
+
+    def either(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
+        if channels_last:
+            u, delta, B, C = (each.movedim(1, -1) for each in (u, delta, B, C))
+        y = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
+        return y.movedim(-1, 1) if channels_last else y
+
+    return either
+
+
+def channels_first_backward(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The same for the gradients."""
+
+    def either(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
+        if not channels_last:
+            return backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        grad_y, u, delta, B, C = (each.movedim(1, -1) for each in (grad_y, u, delta, B, C))
+        of_u, of_delta, of_A, of_B, of_C, *others = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        of_u, of_delta, of_B, of_C = (each.movedim(-1, 1) for each in (of_u, of_delta, of_B, of_C))
+        return of_u, of_delta, of_A, of_B, of_C, *others
+
+    return either
+
 
 OPERATOR = Operator(
     "selective_scan",
     (
         *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_not_float32),
         Implementation(
-            "torch", selective_scan_torch, selective_scan_torch_backward, "plain PyTorch, time-major in place"
+            "torch",
+            channels_first(selective_scan_torch),
+            channels_first_backward(selective_scan_torch_backward),
+            "plain PyTorch, time-major in place",
         ),
         Implementation(
-            "reference", selective_scan_reference, selective_scan_reference_backward, "the definition, step by step"
+            "reference",
+            channels_first(selective_scan_reference),
+            channels_first_backward(selective_scan_reference_backward),
+            "the definition, step by step",
         ),
     ),
 )
@@ -75,17 +110,15 @@ def selective_scan(
     check_dims("selective_scan", "delta", delta, "batch, length, dim" if channels_last else "batch, dim, length")
     check_dims("selective_scan", "A", A, "dim, state")
     B, C = _with_groups("B", B, channels_last), _with_groups("C", C, channels_last)
-    if channels_last:
-        u, delta, B, C = u.transpose(1, 2), delta.transpose(1, 2), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
-    _check(u, delta, A, B, C, D, delta_bias)
-    if delta.shape[1] != u.shape[1]:
-        shared = u.shape[1] // delta.shape[1]
-        delta = delta.repeat_interleave(shared, dim=1)
+    _check(u, delta, A, B, C, D, delta_bias, channels_last)
+    channel_dim = 2 if channels_last else 1
+    if delta.shape[channel_dim] != A.shape[0]:
+        shared = A.shape[0] // delta.shape[channel_dim]
+        delta = delta.repeat_interleave(shared, dim=channel_dim)
         delta_bias = None if delta_bias is None else delta_bias.repeat_interleave(shared)
-    y = torch.ops.vision_kernels.selective_scan(
+    return torch.ops.vision_kernels.selective_scan(
         u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype or u.dtype
     )
-    return y.transpose(1, 2) if channels_last else y
 
 
 def _with_groups(name: str, tensor: Tensor, channels_last: bool) -> Tensor:
@@ -97,40 +130,39 @@ def _with_groups(name: str, tensor: Tensor, channels_last: bool) -> Tensor:
 
 
 def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    channels_last: bool,
 ) -> None:
-    """Shapes in the order (batch, dim, length), in which messages give them."""
-    batch, dim, length = u.shape
-    groups, state, deltas = B.shape[1], A.shape[1], delta.shape[1]
+    if channels_last:
+        (batch, length, dim), deltas, groups = u.shape, delta.shape[2], B.shape[2]
+    else:
+        (batch, dim, length), deltas, groups = u.shape, delta.shape[1], B.shape[1]
+    state = A.shape[1]
     for name, tensor, parts in (("B", B, groups), ("delta", delta, deltas)):
         if parts == 0 or dim % parts != 0:
             raise ValueError(
                 f"selective_scan: dim {dim} of u does not divide into the {parts} groups of "
                 f"{name} {tuple(tensor.shape)}"
             )
+    coupling = (batch, length, groups, state) if channels_last else (batch, groups, state, length)
     check(
         "selective_scan",
         {
-            "u": (u, (batch, dim, length)),
-            "delta": (delta, (batch, deltas, length)),
+            "u": (u, u.shape),
+            "delta": (delta, (batch, length, deltas) if channels_last else (batch, deltas, length)),
             "A": (A, (dim, state)),
-            "B": (B, (batch, groups, state, length)),
-            "C": (C, (batch, groups, state, length)),
+            "B": (B, coupling),
+            "C": (C, coupling),
             "D": (D, (dim,)),
             "delta_bias": (delta_bias, (deltas,)),
         },
     )
-
-
-def _laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
-    """Contiguous, as it is or, if `channels_last`, with the last dimension (length) moved behind the batch."""
-    return tensor.movedim(-1, 1).contiguous().movedim(1, -1) if channels_last else tensor.contiguous()
-
-
-def _empty_laid_out(tensor: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    tensor = tensor.movedim(-1, 1) if channels_last else tensor
-    empty = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-    return empty.movedim(1, -1) if channels_last else empty
 
 
 def _forward(
@@ -146,11 +178,11 @@ def _forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype)
-    return _laid_out(OPERATOR.select(u.device.type, *arguments).forward(*arguments), channels_last)
+    return OPERATOR.select(u.device.type, *arguments).forward(*arguments).contiguous()
 
 
 def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
-    return _empty_laid_out(u, channels_last, out_dtype)
+    return torch.empty_like(u, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
 # An operator cannot return "no tensor": the gradient of an absent D or delta_bias is an empty tensor.
@@ -168,12 +200,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last)
     grads = OPERATOR.select(u.device.type, *arguments).backward(grad_y, *arguments)
-    return tuple(u.new_empty(0) if grad is None else _laid_out(grad, channels_last and grad.ndim > 2) for grad in grads)
+    return tuple(u.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 def _fake_gradients(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
     return tuple(
-        u.new_empty(0) if tensor is None else _empty_laid_out(tensor, channels_last and tensor.ndim > 2)
+        u.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (u, delta, A, B, C, D, delta_bias)
     )
 
@@ -189,9 +221,7 @@ def _backward(ctx, grad_y):
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None, None
 
 
-register(_forward, _fake_forward, "selective_scan")
-register(_gradients, _fake_gradients, "selective_scan_backward")
-register_autograd("selective_scan", _backward, _setup_context)
+register("selective_scan", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
 
 
 def _scan_flops(u_shape, A_shape, *, with_skip: bool) -> int:

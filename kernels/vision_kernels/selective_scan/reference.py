@@ -14,13 +14,9 @@ def selective_scan_reference(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    channels_last: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups.
-
-    Memory order is left to the caller, so `channels_last` makes no difference here.
-    """
+    """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
     batch, dim, length = u.shape
     groups, state_size = B.shape[1:3]
     dtype = compute_dtype(u)
@@ -55,7 +51,6 @@ def selective_scan_reference_backward(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    channels_last: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the seven tensor inputs (None where an optional input is absent).
 

@@ -69,7 +69,7 @@ class _TimeMajor:
         return decay, states
 
 
-def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype) -> Tensor:
+def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
     """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
     inputs = _TimeMajor.of(u, delta, A, B, C, delta_bias, delta_softplus)
     y = torch.empty_like(inputs.u)
@@ -85,7 +85,7 @@ def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus, chann
 
 
 def selective_scan_torch_backward(
-    grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last
+    grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the seven tensor inputs (None where an optional input is absent).
 
