@@ -38,8 +38,12 @@ class BuildKernels(build_ext):
         if compiler is None:
             self.warn("no C++ compiler: the kernels run in PyTorch, which is slower; install g++ and install again")
             return
+        target = Path(self.get_ext_fullpath(extension.name))
+        newest = max(path.stat().st_mtime for path in [Path(__file__), *SOURCES.iterdir()])
+        if target.exists() and target.stat().st_mtime > newest:
+            return
         try:
-            self._compile(shlex.split(compiler), Path(self.get_ext_fullpath(extension.name)))
+            self._compile(shlex.split(compiler), target)
         except (subprocess.CalledProcessError, OSError) as error:
             self.warn(f"the kernels run in PyTorch, which is slower, because compiling them failed: {error}")
 
