@@ -34,7 +34,7 @@ class Row:
         return self.ratio <= self.floor if self.unit.startswith("of") else self.ratio >= self.floor
 
 
-def medians_ms(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
+def medians_ms(functions: list[Callable[[], object]]) -> list[float]:
     """Call the functions in turn and return the median milliseconds of each."""
     calls = []
     for function in functions:
@@ -43,7 +43,7 @@ def medians_ms(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> l
         function()
         calls.append(max(1, int(MIN_SECONDS / (time.perf_counter() - started))))
     times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for function, count, measured in zip(functions, calls, times, strict=True):
             started = time.perf_counter()
             for _ in range(count):
@@ -52,9 +52,9 @@ def medians_ms(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> l
     return [statistics.median(each) for each in times]
 
 
-def compare(what: str, ours: Callable, baseline: Callable, floor: float, aim: float, rounds: int = ROUNDS) -> Row:
+def compare(what: str, ours: Callable, baseline: Callable, floor: float, aim: float) -> Row:
     """Time `ours` against `baseline`."""
-    ours_ms, baseline_ms = medians_ms([ours, baseline], rounds)
+    ours_ms, baseline_ms = medians_ms([ours, baseline])
     return Row(what, ours_ms, baseline_ms, baseline_ms / ours_ms, floor, aim)
 
 

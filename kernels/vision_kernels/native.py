@@ -8,6 +8,7 @@ which it is given as a function pointer.
 import ctypes
 import functools
 import struct
+import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ def _load() -> ctypes.CDLL | str:
     if not LIBRARY.exists():
         return "not built: install a C++ compiler (g++ or clang++), then this package again"
     # Part of libtorch's stable C interface since 2.10.
-    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
     if not hasattr(torch_library, "torch_parallel_for"):
         return f"torch {torch.__version__} is too old for it: install torch 2.10 or newer"
     library = ctypes.CDLL(str(LIBRARY))
