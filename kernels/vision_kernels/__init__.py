@@ -3,6 +3,8 @@
 `python -m vision_kernels` shows which backend computes each operator on this machine.
 """
 
+from vision_kernels.cross_scan import cross_merge, cross_scan
 from vision_kernels.selective_scan import selective_scan
+from vision_kernels.ss2d import ss2d
 
-__all__ = ["selective_scan"]
+__all__ = ["cross_merge", "cross_scan", "selective_scan", "ss2d"]
