@@ -4,6 +4,8 @@
 """
 
 from vision_kernels.conv1d_silu import conv1d_silu
+from vision_kernels.cross_scan import cross_merge, cross_scan
 from vision_kernels.selective_scan import selective_scan
+from vision_kernels.ss2d import ss2d
 
-__all__ = ["conv1d_silu", "selective_scan"]
+__all__ = ["conv1d_silu", "cross_merge", "cross_scan", "selective_scan", "ss2d"]

@@ -1,8 +1,8 @@
 // Selective scan: a lane for each channel, one step after the other. Definition: ../../vision_kernels/selective_scan.
 //
-// u, delta, y and their gradients are (batch, dim, length), or (batch, length, dim) and then turned, with any strides; where channels are adjacent in memory
-// they are read as vectors, otherwise lane by lane. B and C are float32 with adjacent states.
-#include "simd.h"
+// u, delta, y and their gradients are (batch, dim, length), or (batch, length, dim) and then turned, with any strides; where channels or steps
+// are adjacent in memory they are read as vectors, otherwise lane by lane. B and C are float32 with adjacent states.
+#include "lanes.h"
 
 namespace {
 
@@ -33,27 +33,37 @@ template <class T>
 VK_INLINE void load_tile(const View& view, const Block& block, int64_t begin, int64_t count, Vec* tile) {
     const T* source = at<const T>(view, block.batch, block.channel, begin);
     const int64_t by_channel = view.stride[1], by_step = view.stride[2];
-    if (by_channel == 1 && block.count == kLanes) {
-        for (int64_t t = 0; t < count; ++t, source += by_step) *tile++ = load(source);
-        return;
+    int64_t t = 0;
+    if (block.count == kLanes && by_channel == 1)
+        for (; t < count; ++t) tile[t] = load(source + t * by_step);
+    if (block.count == kLanes && by_step == 1)
+        for (; t + kLanes <= count; t += kLanes) {
+            for (int i = 0; i < kLanes; ++i) tile[t + i] = load(source + i * by_channel + t);
+            transpose(tile + t);
+        }
+    for (; t < count; ++t) {
+        float lanes[kLanes] = {};
+        for (int i = 0; i < block.count; ++i) lanes[i] = to_float(source[i * by_channel + t * by_step]);
+        tile[t] = load(lanes);
     }
-    float* lanes = reinterpret_cast<float*>(tile);
-    for (int i = 0; i < kLanes; ++i)
-        for (int64_t t = 0; t < count; ++t)
-            lanes[t * kLanes + i] = i < block.count ? to_float(source[i * by_channel + t * by_step]) : 0.0f;
 }
 
+// The tile is overwritten.
 template <class T>
-VK_INLINE void store_tile(const View& view, const Block& block, int64_t begin, int64_t count, const Vec* tile) {
+VK_INLINE void store_tile(const View& view, const Block& block, int64_t begin, int64_t count, Vec* tile) {
     T* target = at<T>(view, block.batch, block.channel, begin);
     const int64_t by_channel = view.stride[1], by_step = view.stride[2];
-    if (by_channel == 1 && block.count == kLanes) {
-        for (int64_t t = 0; t < count; ++t, target += by_step) store(target, *tile++);
-        return;
-    }
+    int64_t t = 0;
+    if (block.count == kLanes && by_channel == 1)
+        for (; t < count; ++t) store(target + t * by_step, tile[t]);
+    if (block.count == kLanes && by_step == 1)
+        for (; t + kLanes <= count; t += kLanes) {
+            transpose(tile + t);
+            for (int i = 0; i < kLanes; ++i) store(target + i * by_channel + t, tile[t + i]);
+        }
     const float* lanes = reinterpret_cast<const float*>(tile);
-    for (int i = 0; i < block.count; ++i)
-        for (int64_t t = 0; t < count; ++t) assign(target + i * by_channel + t * by_step, lanes[t * kLanes + i]);
+    for (; t < count; ++t)
+        for (int i = 0; i < block.count; ++i) assign(target + i * by_channel + t * by_step, lanes[t * kLanes + i]);
 }
 
 VK_INLINE Vec load_channels(const View* vector, const Block& block) {
