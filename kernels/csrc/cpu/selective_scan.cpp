@@ -1,12 +1,13 @@
 // Selective scan: a lane for each channel, one step after the other. Definition: ../../vision_kernels/selective_scan.
 //
-// u, delta, y and their gradients are (batch, dim, length), or (batch, length, dim) and then turned, with any strides; where channels or steps
-// are adjacent in memory they are read as vectors, otherwise lane by lane. B and C are float32 with adjacent states.
+// u, delta, y and their gradients are (batch, dim, length), or (batch, length, dim) and then turned, with any strides.
+// Where channels or steps are adjacent in memory they are read as vectors, otherwise lane by lane. B and C are float32
+// with adjacent states.
 #include "lanes.h"
 
 namespace {
 
-constexpr int kTile = 32;             // steps that the forward pass prepares together
+constexpr int kTile = 32;                // steps that the forward pass prepares together
 constexpr int64_t kChunkVectors = 8192;  // what the backward pass keeps of a chunk of steps; fits a second-level cache
 
 struct Shape {
@@ -226,7 +227,8 @@ VK_INLINE void prepare(const Inputs& in, const Block& block, const Vec* rates, C
     for (int64_t t = 0; t < chunk.count; ++t) chunk.drive[t] = chunk.step[t] * chunk.u[t];
 }
 
-// The reversed recurrence of `Count` states from n on: dh_t = C_t dy_t + decay_{t+1} dh_{t+1}; carry holds the last term.
+// The reversed recurrence of `Count` states from n on: dh_t = C_t dy_t + decay_{t+1} dh_{t+1}, whose last term `carry`
+// holds.
 template <int Count>
 VK_INLINE void recur_back(const Chunk& chunk, const Couplings& B, const Couplings& C, int64_t states, int64_t n,
                           const Vec* rates, const Vec* start, Vec* carry, Vec* grad_A, Vec* grad_B, Vec* grad_C) {
