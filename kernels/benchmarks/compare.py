@@ -1,10 +1,10 @@
 """Side-by-side timing: what is compared takes turns, so that ratios hold even if a machine's speed drifts."""
 
+import ctypes
 import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -19,19 +19,23 @@ MIN_SECONDS = 0.01  # of one measurement; quicker functions are called several t
 
 @dataclass
 class Row:
-    """A comparison. `ratio` is that of the medians, the baseline's over ours unless `unit` says otherwise."""
+    """A comparison of medians, in milliseconds, or of what `measure` says.
+
+    `ratio` is how many times faster ours is, or, if `means` begins with "of", which part of the baseline.
+    """
 
     what: str
-    ours_ms: float
-    baseline_ms: float
+    ours: float
+    baseline: float
     ratio: float
     floor: float
     aim: float
-    unit: str = "x faster"
+    means: str = "x faster"
+    measure: str = "ms"
 
     @property
     def met(self) -> bool:
-        return self.ratio <= self.floor if self.unit.startswith("of") else self.ratio >= self.floor
+        return self.ratio <= self.floor if self.means.startswith("of") else self.ratio >= self.floor
 
 
 def medians_ms(functions: list[Callable[[], object]]) -> list[float]:
@@ -69,16 +73,30 @@ def require_agreement(what: str, ours: torch.Tensor, baseline: torch.Tensor, tol
         raise AssertionError(f"{what}: results differ by {difference:.1e}")
 
 
-def peak_mib(function: Callable[[], object]) -> float:
-    """Return by how much a call raises the memory of a fresh process, in MiB. `function` must be importable."""
+def peak_mib(function: Callable[[Callable[[], None]], object]) -> float:
+    """Return by how much `function` raises the memory of a fresh process after it has called its argument, in MiB.
+
+    Linux only. `function` must be importable from the new process.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_of, (function,))
 
 
-def _peak_of(function: Callable[[Callable | None], object]) -> float:
+def _peak_of(function: Callable[[Callable[[], None]], object]) -> float:
     before = []
-    function(lambda: before.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[0]) / 1024
+
+    def mark() -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, which would be used again unnoticed
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before.append(_status_kib("VmRSS"))
+
+    function(mark)
+    return (_status_kib("VmHWM") - before[0]) / 1024
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def machine() -> dict[str, str]:
@@ -101,12 +119,12 @@ def report(rows: list[Row], out: Path | None) -> None:
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     width = max(len(row.what) for row in rows)
-    print(f"{'':{width}}  {'ours':>10}  {'baseline':>10}  {'ratio':>18}  {'floor':>6}  {'aim':>6}")
+    print(f"{'':{width}}  {'ours':>11}  {'baseline':>11}  {'ratio':>22}  {'floor':>6}  {'aim':>6}")
     for row in rows:
-        ratio = f"{row.ratio:.3g} {row.unit}"
-        mark = "" if row.met else "  below the floor"
+        ratio = f"{row.ratio:.3g} {row.means}"
+        mark = "" if row.met else "  misses the floor"
         print(
-            f"{row.what:{width}}  {row.ours_ms:>7.3f} ms  {row.baseline_ms:>7.2f} ms  {ratio:>18}  "
+            f"{row.what:{width}}  {row.ours:>7.3f} {row.measure:3}  {row.baseline:>7.2f} {row.measure:3}  {ratio:>22}  "
             f"{row.floor:>6g}  {row.aim:>6g}{mark}"
         )
     if out is not None:
