@@ -32,8 +32,8 @@ def operator():
 def test_best_available_backend_is_chosen_and_logged_once(operator, caplog, monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     with caplog.at_level(logging.INFO):
-        assert operator.select("cpu").backend == "plain"
-        assert operator.select("cpu").backend == "plain"
+        assert operator.select("cpu", "big").backend == "plain"
+        assert operator.select("cpu", "big").backend == "plain"
         assert operator.select("cuda").backend == "gpu"
     assert [record.getMessage() for record in caplog.records] == [
         "test_operator on cpu: backend 'plain'",
@@ -80,6 +80,17 @@ def test_overview_says_what_is_active_and_why_another_is_not(operator, monkeypat
     lines = overview().splitlines()
     assert any(line.split()[:1] == ["small"] and "active on cpu" in line for line in lines)
     assert any(line.split()[:1] == ["fast"] and line.endswith("no luck: try again") for line in lines)
+
+
+def test_overview_explains_what_cannot_be_forced(operator, monkeypatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "test_operator=gpu")
+    assert "test_operator=gpu: runs on cuda, the inputs are on cpu" in overview()
+
+
+def test_every_operator_has_a_definition_and_a_fallback():
+    for each in OPERATORS.values():
+        names = [implementation.backend for implementation in each.implementations]
+        assert names[-2:] == ["torch", "reference"]
 
 
 def test_module_prints_the_overview():

@@ -55,6 +55,10 @@ class Implementation:
     def runs_on(self, device_type: str) -> bool:
         return not self.devices or device_type in self.devices
 
+    def why_not(self, arguments: tuple) -> str | None:
+        """Return why it cannot run here, or not on these arguments if there are any; None if it can."""
+        return self.why_unavailable() or (self.why_unable(*arguments) if arguments else None)
+
 
 def compiled_for_cpu(forward: Callable, backward: Callable, why_unable: Callable) -> tuple[Implementation, ...]:
     """Return an implementation for each instruction set; `forward` and `backward` take its name first."""
@@ -88,7 +92,7 @@ class Operator:
         return next(each for each in self.implementations if each.backend == backend)
 
     def select(self, device_type: str, *arguments: Any) -> Implementation:
-        """Return the implementation that computes `arguments` of the operator on `device_type`.
+        """Return the implementation that computes `arguments` of the operator, or most, if none are given.
 
         Raises:
             ValueError: ``VISION_KERNELS_BACKEND`` names a backend that this operator does not have, or that cannot
@@ -103,7 +107,7 @@ class Operator:
 
     def _preferred(self, device_type: str, arguments: tuple) -> Implementation:
         for each in self.implementations:
-            if each.runs_on(device_type) and each.why_unavailable() is None and each.why_unable(*arguments) is None:
+            if each.runs_on(device_type) and each.why_not(arguments) is None:
                 return each
         raise ValueError(f"{self.name}: no implementation runs on device {device_type!r}")
 
@@ -127,7 +131,7 @@ class Operator:
         chosen = by_name[backend]
         if not chosen.runs_on(device_type):
             raise ValueError(f"{prefix}: runs on {', '.join(chosen.devices)}, the inputs are on {device_type}")
-        reason = chosen.why_unavailable() or chosen.why_unable(*arguments)
+        reason = chosen.why_not(arguments)
         if reason is not None:
             raise ValueError(f"{prefix}: {reason}")
         return chosen
@@ -142,17 +146,14 @@ def overview() -> str:
     lines = [f"torch {torch.__version__}, devices: {', '.join(device_types)}"]
     for operator in OPERATORS.values():
         lines.append(f"\n{operator.name}")
-        free = list(device_types)
+        try:
+            active = {device: operator.select(device).backend for device in device_types}
+        except ValueError as error:
+            lines.append(f"  {error}")
+            continue
         for each in operator.implementations:
-            reason = each.why_unavailable()
-            active = [device for device in free if each.runs_on(device) and reason is None]
-            free = [device for device in free if device not in active]
-            status = f"active on {', '.join(active)}" if active else reason or "available"
+            on = [device for device, backend in active.items() if backend == each.backend]
+            status = f"active on {', '.join(on)}" if on else each.why_unavailable() or "available"
             lines.append(f"  {each.backend:<10} {each.summary:<45} {status}")
-    forced = os.environ.get(BACKEND_VARIABLE)
-    lines.append(
-        f"\n{BACKEND_VARIABLE}={forced} forces another choice."
-        if forced
-        else f"\nSet {BACKEND_VARIABLE} to one of these names to force it."
-    )
+    lines.append(f"\nSet {BACKEND_VARIABLE} to one of these names to force it.")
     return "\n".join(lines)

@@ -6,7 +6,8 @@ from torch import Tensor
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.conv1d_silu.cpu import conv1d_silu_cpu, conv1d_silu_cpu_backward
-from vision_kernels.conv1d_silu.reference import conv1d_silu_torch, conv1d_silu_torch_backward
+from vision_kernels.conv1d_silu.reference import conv1d_silu_reference, conv1d_silu_reference_backward
+from vision_kernels.conv1d_silu.torch_conv import conv1d_silu_torch, conv1d_silu_torch_backward
 from vision_kernels.native import why_not_float32
 from vision_kernels.registration import register
 
@@ -15,6 +16,9 @@ OPERATOR = Operator(
     (
         *compiled_for_cpu(conv1d_silu_cpu, conv1d_silu_cpu_backward, why_not_float32),
         Implementation("torch", conv1d_silu_torch, conv1d_silu_torch_backward, "PyTorch's convolution"),
+        Implementation(
+            "reference", conv1d_silu_reference, conv1d_silu_reference_backward, "the definition, tap after tap"
+        ),
     ),
 )
 
