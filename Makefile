@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 
-.PHONY: help env demo test lint format clean
+.PHONY: help env demo test bench lint format clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -22,6 +22,9 @@ demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
 test: $(READY) lint  ## Run all tests
 	$(BIN)/python -m pytest
 
+bench: $(READY)  ## Measure the kernels and models on this machine's CPU
+	$(BIN)/python kernels/benchmarks/cpu.py
+
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,10 +36,12 @@ format: $(READY)  ## Repair style and formatting where it can be done automatica
 clean:  ## Remove the environment and caches; what programs wrote to output/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 
-$(READY): requirements.txt pyproject.toml .packaging/opencv-python/pyproject.toml
+$(READY): requirements.txt pyproject.toml setup.py $(wildcard kernels/csrc/*/*) .packaging/opencv-python/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python from 3.10 to 3.13 found; name one: make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: $(PYTHON) cannot create environments; on Debian and Ubuntu install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -c 'from vision_kernels.native import why_unavailable; \
+		print("C++ kernels:", why_unavailable("baseline") or "built")'
 	@touch $@

@@ -2,5 +2,6 @@
 
 from mambavision.checkpoint import load_checkpoint, save_checkpoint
 from mambavision.factory import create_model, list_models
+from mambavision.inference import fold_batch_norm
 
-__all__ = ["create_model", "list_models", "load_checkpoint", "save_checkpoint"]
+__all__ = ["create_model", "fold_batch_norm", "list_models", "load_checkpoint", "save_checkpoint"]

@@ -14,11 +14,15 @@ def operator():
     def forward():
         raise NotImplementedError
 
+    def too_big(*arguments):
+        return None if arguments == ("little",) else "too big"
+
     yield Operator(
         "test_operator",
         (
             Implementation("fast", forward, forward, "needs luck", why_unavailable=lambda: "no luck: try again"),
             Implementation("gpu", forward, forward, "needs a GPU", devices=("cuda",)),
+            Implementation("small", forward, forward, "what is small", why_unable=too_big),
             Implementation("plain", forward, forward, "always"),
         ),
     )
@@ -28,8 +32,8 @@ def operator():
 def test_best_available_backend_is_chosen_and_logged_once(operator, caplog, monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     with caplog.at_level(logging.INFO):
-        assert operator.select("cpu").backend == "plain"
-        assert operator.select("cpu").backend == "plain"
+        assert operator.select("cpu", "big").backend == "plain"
+        assert operator.select("cpu", "big").backend == "plain"
         assert operator.select("cuda").backend == "gpu"
     assert [record.getMessage() for record in caplog.records] == [
         "test_operator on cpu: backend 'plain'",
@@ -40,7 +44,7 @@ def test_best_available_backend_is_chosen_and_logged_once(operator, caplog, monk
 @pytest.mark.parametrize(
     ("forced", "message"),
     [
-        ("fats", "test_operator has the backends fast, gpu, plain"),
+        ("fats", "test_operator=fats: this operator has the backends fast, gpu, small, plain"),
         ("fast", "no luck: try again"),
         ("gpu", "runs on cuda, the inputs are on cpu"),
     ],
@@ -51,11 +55,42 @@ def test_forcing_an_impossible_backend_says_why(operator, monkeypatch, forced, m
         operator.select("cpu")
 
 
+def test_each_operator_may_have_its_own_choice(operator, monkeypatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "test_operator=plain,selective_scan=reference")
+    assert operator.select("cpu").backend == "plain"
+    assert OPERATORS["selective_scan"].select("cpu").backend == "reference"
+    monkeypatch.setenv(BACKEND_VARIABLE, "selective_scan=reference")
+    assert operator.select("cuda").backend == "gpu"
+    monkeypatch.setenv(BACKEND_VARIABLE, "selective_sacn=reference")
+    with pytest.raises(ValueError, match="there is no operator selective_sacn, only selective_scan"):
+        operator.select("cpu")
+
+
+def test_arguments_that_a_backend_cannot_compute_go_to_the_next(operator, monkeypatch):
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    assert operator.select("cpu", "big").backend == "plain"
+    monkeypatch.setenv(BACKEND_VARIABLE, "small")
+    assert operator.select("cpu", "little").backend == "small"
+    with pytest.raises(ValueError, match="test_operator=small: too big"):
+        operator.select("cpu", "big")
+
+
 def test_overview_says_what_is_active_and_why_another_is_not(operator, monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     lines = overview().splitlines()
-    assert any(line.split()[:1] == ["plain"] and "active on cpu" in line for line in lines)
+    assert any(line.split()[:1] == ["small"] and "active on cpu" in line for line in lines)
     assert any(line.split()[:1] == ["fast"] and line.endswith("no luck: try again") for line in lines)
+
+
+def test_overview_explains_what_cannot_be_forced(operator, monkeypatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "test_operator=gpu")
+    assert "test_operator=gpu: runs on cuda, the inputs are on cpu" in overview()
+
+
+def test_every_operator_has_a_definition_and_a_fallback():
+    for each in OPERATORS.values():
+        names = [implementation.backend for implementation in each.implementations]
+        assert names[-2:] == ["torch", "reference"]
 
 
 def test_module_prints_the_overview():

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mambavision.checkpoint import LoadReport, load_pretrained
 from mambavision.models.build import build
 from mambavision.models.layers import window_partition, window_reverse
-from vision_kernels import selective_scan
+from vision_kernels import conv1d_silu, selective_scan
 
 DtInit = Literal["published", "mamba"]
 
@@ -114,21 +114,23 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch x windows, tokens, dim) -> same shape."""
-        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (batch x windows, dim / 2, tokens) each
-        x, z = F.silu(self.conv1d_x(x)), F.silu(self.conv1d_z(z))
-        dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        # The branches stay side by side, (..., x | z), and both convolutions are one.
+        weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).squeeze(1)
+        x, z = conv1d_silu(self.in_proj(x), weight).chunk(2, dim=-1)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_scan(
             x,
-            self.dt_proj(dt).transpose(1, 2),
+            self.dt_proj(dt),
             # float32 whatever the model's dtype, float64 included, as in the original
             -torch.exp(self.A_log.float()),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
+            B,
+            C,
             self.D.float(),
             delta_bias=self.dt_proj.bias.float(),
             delta_softplus=True,
+            channels_last=True,
         )
-        return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
+        return self.out_proj(torch.cat([y, z], dim=-1))
 
 
 class TokenBlock(nn.Module):

@@ -1,25 +1,61 @@
-"""`selective_scan`: argument checks, and registration with torch.library.
+"""`selective_scan`: argument checks, choice of the implementation, registration."""
 
-Registered as operators, the scan and its gradient are single nodes for autograd, `torch.compile(fullgraph=True)`,
-`torch.export` and fake tensors; which implementation runs is decided when they run (see `vision_kernels.backends`).
-"""
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.backends import Implementation, Operator
+from vision_kernels.arguments import check, check_dims
+from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
+from vision_kernels.native import why_not_float32
+from vision_kernels.registration import register
+from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward
 from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
+
+
+def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function on (batch, dim, length) serve both layouts."""
+
+    def either(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
+        if channels_last:
+            u, delta, B, C = (each.movedim(1, -1) for each in (u, delta, B, C))
+        y = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
+        return y.movedim(-1, 1) if channels_last else y
+
+    return either
+
+
+def channels_first_backward(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The same for the gradients."""
+
+    def either(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
+        if not channels_last:
+            return backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        grad_y, u, delta, B, C = (each.movedim(1, -1) for each in (grad_y, u, delta, B, C))
+        of_u, of_delta, of_A, of_B, of_C, *others = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        of_u, of_delta, of_B, of_C = (each.movedim(-1, 1) for each in (of_u, of_delta, of_B, of_C))
+        return of_u, of_delta, of_A, of_B, of_C, *others
+
+    return either
+
 
 OPERATOR = Operator(
     "selective_scan",
     (
+        *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_not_float32),
         Implementation(
-            "torch", selective_scan_torch, selective_scan_torch_backward, "plain PyTorch, time-major in place"
+            "torch",
+            channels_first(selective_scan_torch),
+            channels_first_backward(selective_scan_torch_backward),
+            "plain PyTorch, time-major in place",
         ),
         Implementation(
-            "reference", selective_scan_reference, selective_scan_reference_backward, "the definition, step by step"
+            "reference",
+            channels_first(selective_scan_reference),
+            channels_first_backward(selective_scan_reference_backward),
+            "the definition, step by step",
         ),
     ),
 )
@@ -34,6 +70,9 @@ def selective_scan(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    *,
+    channels_last: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Selective scan of Mamba (Gu and Dao 2023, algorithm 2, https://arxiv.org/abs/2312.00752).
 
@@ -48,73 +87,85 @@ def selective_scan(
 
     Args:
         u: (batch, dim, length) input.
-        delta: (batch, dim, length) step size.
+        delta: (batch, dim, length) step size, or (batch, deltas, length) where channels share it by consecutive
+            groups of dim / deltas.
         A: (dim, state) state matrix, diagonal; negative for a stable recurrence.
         B: (batch, state, length), or (batch, groups, state, length) where channels d share B by consecutive groups of
             dim / groups.
         C: as B.
         D: (dim,) skip weight.
-        delta_bias: (dim,) added to `delta` before the softplus.
+        delta_bias: (dim,), or (deltas,), added to `delta` before the softplus.
         delta_softplus: Apply softplus to `delta`.
+        channels_last: u, delta and y are (batch, length, dim), B and C (batch, length, [groups,] state) instead. The
+            faster layout on the CPU. Either is read as it is, whatever its strides.
+        out_dtype: dtype of y, by default that of `u`.
 
     Returns:
-        y: (batch, dim, length), contiguous, with the dtype of `u`.
+        y: (batch, dim, length), or (batch, length, dim) if `channels_last`; contiguous.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit; names the argument and both shapes.
     """
-    B, C = _with_groups("B", B), _with_groups("C", C)
-    _check(u, delta, A, B, C, D, delta_bias)
-    return torch.ops.vision_kernels.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    check_dims("selective_scan", "u", u, "batch, length, dim" if channels_last else "batch, dim, length")
+    check_dims("selective_scan", "delta", delta, "batch, length, dim" if channels_last else "batch, dim, length")
+    check_dims("selective_scan", "A", A, "dim, state")
+    B, C = _with_groups("B", B, channels_last), _with_groups("C", C, channels_last)
+    _check(u, delta, A, B, C, D, delta_bias, channels_last)
+    channel_dim = 2 if channels_last else 1
+    if delta.shape[channel_dim] != A.shape[0]:
+        shared = A.shape[0] // delta.shape[channel_dim]
+        delta = delta.repeat_interleave(shared, dim=channel_dim)
+        delta_bias = None if delta_bias is None else delta_bias.repeat_interleave(shared)
+    return torch.ops.vision_kernels.selective_scan(
+        u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype or u.dtype
+    )
 
 
-def _with_groups(name: str, tensor: Tensor) -> Tensor:
-    if tensor.ndim not in (3, 4):
-        raise ValueError(
-            f"selective_scan: {name} must be (batch, state, length) or (batch, groups, state, length), "
-            f"got shape {tuple(tensor.shape)}"
-        )
-    return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
+def _with_groups(name: str, tensor: Tensor, channels_last: bool) -> Tensor:
+    if tensor.ndim == 3:
+        return tensor.unsqueeze(2 if channels_last else 1)
+    layout = "batch, length, groups, state" if channels_last else "batch, groups, state, length"
+    check_dims("selective_scan", name, tensor, layout)
+    return tensor
 
 
 def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    channels_last: bool,
 ) -> None:
-    if u.ndim != 3:
-        raise ValueError(f"selective_scan: u must be (batch, dim, length), got shape {tuple(u.shape)}")
-    if A.ndim != 2:
-        raise ValueError(f"selective_scan: A must be (dim, state), got shape {tuple(A.shape)}")
-    batch, dim, length = u.shape
-    groups, state = B.shape[1], A.shape[1]
-    if groups == 0 or dim % groups != 0:
-        raise ValueError(
-            f"selective_scan: dim {dim} of u does not divide into the {groups} groups of B {tuple(B.shape)}"
-        )
-    expected = {
-        "delta": (delta, (batch, dim, length)),
-        "A": (A, (dim, state)),
-        "B": (B, (batch, groups, state, length)),
-        "C": (C, (batch, groups, state, length)),
-        "D": (D, (dim,)),
-        "delta_bias": (delta_bias, (dim,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
+    if channels_last:
+        (batch, length, dim), deltas, groups = u.shape, delta.shape[2], B.shape[2]
+    else:
+        (batch, dim, length), deltas, groups = u.shape, delta.shape[1], B.shape[1]
+    state = A.shape[1]
+    for name, tensor, parts in (("B", B, groups), ("delta", delta, deltas)):
+        if parts == 0 or dim % parts != 0:
             raise ValueError(
-                f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape} "
-                f"to go with u {tuple(u.shape)} and A {tuple(A.shape)}"
+                f"selective_scan: dim {dim} of u does not divide into the {parts} groups of "
+                f"{name} {tuple(tensor.shape)}"
             )
-        if tensor.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {tensor.device}, u is on {u.device}")
-    for name, tensor in {"u": u, **{name: tensor for name, (tensor, _) in expected.items()}}.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"selective_scan: {name} must be a real floating-point tensor, got {tensor.dtype}")
+    coupling = (batch, length, groups, state) if channels_last else (batch, groups, state, length)
+    check(
+        "selective_scan",
+        {
+            "u": (u, u.shape),
+            "delta": (delta, (batch, length, deltas) if channels_last else (batch, deltas, length)),
+            "A": (A, (dim, state)),
+            "B": (B, coupling),
+            "C": (C, coupling),
+            "D": (D, (dim,)),
+            "delta_bias": (delta_bias, (deltas,)),
+        },
+    )
 
 
-@torch.library.custom_op("vision_kernels::selective_scan", mutates_args=())
-def _selective_scan(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -123,19 +174,19 @@ def _selective_scan(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    channels_last: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    forward = OPERATOR.select(u.device.type).forward
-    return forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype)
+    return OPERATOR.select(u.device.type, *arguments).forward(*arguments).contiguous()
 
 
-@_selective_scan.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
+    return torch.empty_like(u, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
 # An operator cannot return "no tensor": the gradient of an absent D or delta_bias is an empty tensor.
-@torch.library.custom_op("vision_kernels::selective_scan_backward", mutates_args=())
-def _selective_scan_backward(
+def _gradients(
     grad_y: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -145,14 +196,14 @@ def _selective_scan_backward(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = OPERATOR.select(u.device.type).backward
-    grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+    arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last)
+    grads = OPERATOR.select(u.device.type, *arguments).backward(grad_y, *arguments)
     return tuple(u.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-@_selective_scan_backward.register_fake
-def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
+def _fake_gradients(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
     return tuple(
         u.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (u, delta, A, B, C, D, delta_bias)
@@ -160,17 +211,17 @@ def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus = inputs
+    *tensors, ctx.delta_softplus, ctx.channels_last, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_y):
     tensors = ctx.saved_tensors
-    grads = torch.ops.vision_kernels.selective_scan_backward(grad_y, *tensors, ctx.delta_softplus)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None
+    grads = torch.ops.vision_kernels.selective_scan_backward(grad_y, *tensors, ctx.delta_softplus, ctx.channels_last)
+    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None, None
 
 
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+register("selective_scan", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
 
 
 def _scan_flops(u_shape, A_shape, *, with_skip: bool) -> int:

@@ -14,8 +14,9 @@ def selective_scan_reference(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """Return y with the shape and dtype of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
+    """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
     batch, dim, length = u.shape
     groups, state_size = B.shape[1:3]
     dtype = compute_dtype(u)
@@ -37,7 +38,7 @@ def selective_scan_reference(
     y = torch.stack(outputs, dim=-1) if outputs else x  # of length 0
     if D is not None:
         y = y + D.to(dtype)[:, None] * x
-    return y.to(u.dtype)
+    return y.to(out_dtype)
 
 
 def selective_scan_reference_backward(

@@ -69,8 +69,8 @@ class _TimeMajor:
         return decay, states
 
 
-def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
-    """Return y with the shape and dtype of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
+def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
+    """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
     inputs = _TimeMajor.of(u, delta, A, B, C, delta_bias, delta_softplus)
     y = torch.empty_like(inputs.u)
     state = inputs.initial_state()
@@ -81,7 +81,7 @@ def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Te
     y = y.flatten(2)  # (length, batch, dim)
     if D is not None:
         y.addcmul_(inputs.u.flatten(2), D.to(y.dtype))
-    return y.permute(1, 2, 0).to(u.dtype).contiguous()
+    return y.permute(1, 2, 0).to(out_dtype)
 
 
 def selective_scan_torch_backward(
@@ -125,7 +125,7 @@ def selective_scan_torch_backward(
     grad_bias = None if delta_bias is None else grad_delta.sum((0, 1)).to(delta_bias.dtype)
 
     def batch_first(grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return grad.movedim(0, -1).to(dtype).contiguous()
+        return grad.movedim(0, -1).to(dtype)
 
     return (
         batch_first(grad_u, u.dtype),

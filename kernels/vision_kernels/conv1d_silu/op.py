@@ -1,0 +1,73 @@
+"""`conv1d_silu`: argument checks, choice of the implementation, registration."""
+
+import torch
+from torch import Tensor
+
+from vision_kernels.arguments import check, check_dims
+from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
+from vision_kernels.conv1d_silu.cpu import conv1d_silu_cpu, conv1d_silu_cpu_backward
+from vision_kernels.conv1d_silu.reference import conv1d_silu_reference, conv1d_silu_reference_backward
+from vision_kernels.conv1d_silu.torch_conv import conv1d_silu_torch, conv1d_silu_torch_backward
+from vision_kernels.native import why_not_float32
+from vision_kernels.registration import register
+
+OPERATOR = Operator(
+    "conv1d_silu",
+    (
+        *compiled_for_cpu(conv1d_silu_cpu, conv1d_silu_cpu_backward, why_not_float32),
+        Implementation("torch", conv1d_silu_torch, conv1d_silu_torch_backward, "PyTorch's convolution"),
+        Implementation(
+            "reference", conv1d_silu_reference, conv1d_silu_reference_backward, "the definition, tap after tap"
+        ),
+    ),
+)
+
+
+def conv1d_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution over time, the same length out as in, followed by SiLU.
+
+    y_t = silu(sum_k weight_k x_{t + k - (taps - 1) // 2}), with zeros beyond both ends. It looks both ways, unlike the
+    causal convolution of Mamba. Computed in float32, or in float64 if `x` is float64. Differentiable once.
+
+    Args:
+        x: (batch, length, dim).
+        weight: (dim, taps).
+
+    Returns:
+        y: (batch, length, dim), contiguous, with the dtype of `x`.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit; names the argument and both shapes.
+    """
+    check_dims("conv1d_silu", "x", x, "batch, length, dim")
+    check_dims("conv1d_silu", "weight", weight, "dim, taps")
+    check("conv1d_silu", {"x": (x, x.shape), "weight": (weight, (x.shape[2], max(1, weight.shape[1])))})
+    return torch.ops.vision_kernels.conv1d_silu(x, weight)
+
+
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    return OPERATOR.select(x.device.type, x, weight).forward(x, weight).contiguous()
+
+
+def _fake_forward(x, weight):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = OPERATOR.select(x.device.type, x, weight).backward(grad_y, x, weight)
+    return grad_x.contiguous(), grad_weight.contiguous()
+
+
+def _fake_gradients(grad_y, x, weight):
+    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (x, weight))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y):
+    return torch.ops.vision_kernels.conv1d_silu_backward(grad_y, *ctx.saved_tensors)
+
+
+register("conv1d_silu", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)

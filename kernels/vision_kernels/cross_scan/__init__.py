@@ -1,0 +1,5 @@
+"""The four routes along which an image is read as a sequence, and back."""
+
+from vision_kernels.cross_scan.routes import ROUTES, Route, cross_merge, cross_scan
+
+__all__ = ["ROUTES", "Route", "cross_merge", "cross_scan"]

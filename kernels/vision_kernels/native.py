@@ -1,0 +1,75 @@
+"""The compiled CPU kernels: a library with a plain C interface, found beside this file if it was built.
+
+It depends on neither Python nor torch, so that one file serves every version of both, and it holds each kernel three
+times: for any processor, for AVX2 and for AVX-512. Work is shared out by torch's own thread pool, `at::parallel_for`,
+which it is given as a function pointer.
+"""
+
+import ctypes
+import functools
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "any processor"}  # best first
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MAX_DIMS = 5
+_VIEW = struct.Struct(f"=Qq{2 * _MAX_DIMS}q")  # View in csrc/cpu/view.h
+_PADDING = tuple((0,) * (_MAX_DIMS - dims) for dims in range(_MAX_DIMS + 1))
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Return the library, or why there is none and what to do."""
+    if not LIBRARY.exists():
+        return "not built: install a C++ compiler (g++ or clang++), then this package again"
+    # Part of libtorch's stable C interface since 2.10.
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+    if not hasattr(torch_library, "torch_parallel_for"):
+        return f"torch {torch.__version__} is too old for it: install torch 2.10 or newer"
+    library = ctypes.CDLL(str(LIBRARY))
+    library.vision_kernels_use_thread_pool(torch_library.torch_parallel_for)
+    return library
+
+
+@functools.cache
+def why_unavailable(instruction_set: str) -> str | None:
+    """Return why kernels for `instruction_set` cannot run here and what to do, or None if they can."""
+    library = _load()
+    if isinstance(library, str):
+        return library
+    if instruction_set != "baseline" and not getattr(library, f"vision_kernels_has_{instruction_set}")():
+        return f"this processor has no {INSTRUCTION_SETS[instruction_set]}"
+    return None
+
+
+def why_not_float32(*arguments: object) -> str | None:
+    """Return why kernels that compute in float32 cannot take these arguments of an operator, or None if they can."""
+    if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in arguments):
+        return "computes in float32, and an input is float64"
+    return None
+
+
+def call(kernel: str, instruction_set: str, *arguments: Tensor | int | None) -> None:
+    """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor."""
+    _function(kernel, instruction_set)(*map(_converted, arguments))
+
+
+@functools.cache
+def _function(kernel: str, instruction_set: str) -> ctypes._CFuncPtr:
+    return getattr(_load(), f"{kernel}_{instruction_set}")
+
+
+def _converted(argument: Tensor | int | None) -> bytes | ctypes.c_int64 | None:
+    if isinstance(argument, Tensor):
+        padding = _PADDING[argument.ndim]
+        # ctypes passes bytes as a pointer to them
+        return _VIEW.pack(
+            argument.data_ptr(), _DTYPES[argument.dtype], *argument.shape, *padding, *argument.stride(), *padding
+        )
+    return None if argument is None else ctypes.c_int64(argument)
