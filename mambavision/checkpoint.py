@@ -6,6 +6,7 @@ checkpoints are admitted by name; anything else is refused unless the caller say
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ import pickle
 import re
 import shutil
 import struct
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,6 +101,8 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
             admitted.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give a file in it, such as {path / 'last.pth.tar'}.")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pth.tar, .pth or .safetensors).")
     with path.open("rb") as file:
@@ -116,7 +120,7 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
                 "trust its author, allow it with trust=True (--trust-checkpoint)."
             ) from error
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_line(error)}); "
+            f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "
             "download or copy it again."
         ) from error
     if not isinstance(content, Mapping):
@@ -165,8 +169,9 @@ def _refused_names(error: Exception) -> str:
     return ", ".join(dict.fromkeys("".join(groups) for groups in names))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _first_sentence(error: Exception) -> str:
+    """Return what is wrong, without the advice about torch.load that follows in torch's messages."""
+    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 def extract_state_dict(
@@ -333,8 +338,8 @@ def _why_not(report: LoadReport, own: dict[str, Tensor], state_dict: dict[str, T
     if report.reshaped and set(report.reshaped) <= head and not (report.missing or report.unexpected):
         theirs, ours = (weights[report.reshaped[0]].shape[0] for weights in (state_dict, own))
         return (
-            f"its classifier has {theirs} classes, the model has {ours}; build the model with num_classes={theirs}, "
-            "or keep the model's own classifier with skip_head=True (--skip-head)."
+            f"its classifier has {theirs} classes, the model has {ours}; build the model with num_classes={theirs} "
+            f"(--num-classes {theirs}), or keep the model's own classifier with skip_head=True (train.py --skip-head)."
         )
     return f"is of another model: {report}; the file has {len(state_dict)} entries, the model {len(own)}."
 
@@ -351,7 +356,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
     else one for ``torch.load``.
 
     Raises:
-        OutputError: The file cannot be written; names the path and the free space. Nothing is left behind.
+        OutputError: The file cannot be written; names the path and the reason. Nothing is left behind.
     """
     write = _write_safetensors if str(path).endswith(".safetensors") else torch.save
     with replacing(path) as file:
@@ -360,6 +365,21 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
 
 def _write_safetensors(tensors: dict[str, Tensor], file: io.BufferedWriter) -> None:
     file.write(safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()}))
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise an OutputError if `replacing` could not write `path`: before long work instead of after it.
+
+    Tries it, as permissions do not tell everything, in the nearest folder that exists. Nothing is left behind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: cannot be written (it is a folder); give the path of a file.")
+    try:
+        with tempfile.TemporaryFile(dir=_existing_parent(path)):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -379,8 +399,7 @@ def replacing(path: str | os.PathLike):
         failure = _os_error_behind(error)
         if failure is None:
             raise
-        reason = failure.strerror or str(failure)
-        raise OutputError(f"{path}: cannot be written ({reason}); {_free_space(path.parent)}.") from error
+        raise _unwritable(path, failure) from error
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -402,6 +421,13 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _free_space(directory: Path) -> str:
-    existing = next(parent for parent in (directory, *directory.resolve().parents) if parent.exists())
-    return f"{shutil.disk_usage(existing).free:,} bytes are free in {existing}"
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    remedy = "choose another place"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_existing_parent(path)).free
+        remedy = f"only {free:,} bytes are free there; free more, or {remedy}"
+    return OutputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}.")

@@ -2,9 +2,11 @@
 
 import argparse
 import collections
+import errno
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,7 +23,7 @@ from torch import nn
 
 import mambavision
 from conftest import SMALL
-from mambavision.checkpoint import load_pretrained, read_checkpoint, replacing
+from mambavision.checkpoint import check_writable, load_pretrained, read_checkpoint, replacing
 from mambavision.errors import CheckpointError, OutputError
 
 NAME = "mamba_vision_T"
@@ -181,6 +183,15 @@ def test_truncated_files(source, tmp_path, suffix, kept):
         mambavision.load_checkpoint(small(), path)
 
 
+@pytest.mark.parametrize("content", [b"PK\3\4 and nothing else", b"PK and nothing else"])
+def test_damage_is_told_in_whole_sentences(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(path)
+    assert re.search(r"damaged \([^.()]+\); download or copy it again\.$", str(error.value))
+
+
 def test_flipped_bits(whole):
     content = bytearray(whole.read_bytes())
     content[len(content) // 2] ^= 1
@@ -215,6 +226,8 @@ def test_other_files(content, message, tmp_path):
 def test_missing_files_and_other_contents(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         read_checkpoint(tmp_path / "nothing.pth")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: is a folder; .* such as {tmp_path}/last.pth.tar"):
+        read_checkpoint(tmp_path)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
         read_checkpoint(tmp_path / "list.pth")
@@ -308,8 +321,28 @@ def test_failing_to_write_keeps_the_old_file(tmp_path):
 
 def test_impossible_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file/below\.pth: cannot be written .*bytes are free"):
+    with pytest.raises(OutputError, match=r"file/below\.pth: cannot be written \([^)]*\); choose another place\.$"):
         mambavision.save_checkpoint({"x": torch.ones(1)}, tmp_path / "file" / "below.pth")
+
+
+def test_places_can_be_tried_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "table.csv")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "table.csv").write_text("old")
+    check_writable(tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text() == "old"
+    for path in (tmp_path, tmp_path / "table.csv" / "below.csv", Path("/proc/none/table.csv")):
+        with pytest.raises(OutputError, match=f"{path}: cannot be written"):
+            check_writable(path)
+
+
+def test_full_disks_tell_what_is_free(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"\(No space left on device\); only [\d,]+ bytes are free there"):
+        mambavision.save_checkpoint({"x": torch.ones(1)}, tmp_path / "weights.pth")
 
 
 def test_full_disk_keeps_the_old_file(tmp_path):
@@ -325,7 +358,6 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert result.returncode == 74, result.stderr
-    assert "cannot be written" in result.stderr
-    assert "bytes are free" in result.stderr
+    assert "cannot be written (File too large)" in result.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["weights.pth"]
     assert read_checkpoint(tmp_path / "weights.pth")["x"].shape == (10,)

@@ -289,6 +289,14 @@ def test_broken_files_are_named_or_counted(folder, how):
     assert "1 of 60 images could not be decoded" in messages[0]
 
 
+def test_broken_files_of_torchvisions_folders_are_named(folder):
+    split = data.open_split(data_dir=str(folder), split="train", dataset="torch/image_folder", is_training=True)
+    assert split[0][0].size == (32, 32)
+    spoil(folder / "train" / "digit 0" / "00.png", "text")
+    with pytest.raises(DataError, match=r"digit 0/00\.png: cannot be decoded \(not an image\); repair or remove it"):
+        split[0]
+
+
 def test_any_number_of_broken_files_in_a_row_is_skipped(tmp_path):
     folder = tmp_path / "train" / "class"
     folder.mkdir(parents=True)

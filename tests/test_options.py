@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from engine.options import TRAIN_REFUSED, VALIDATE_REFUSED, predict_options, train_options, validate_options
+from engine.options import (
+    TRAIN_REFUSED,
+    VALIDATE_REFUSED,
+    predict_options,
+    throughput_options,
+    train_options,
+    validate_options,
+)
 
 RECIPES = sorted((ROOT / "classification" / "configs").glob("*/*.yaml"))
 
@@ -37,6 +44,19 @@ def test_launchers_of_torch_pass_a_local_rank():
 
 def test_unknown_flags_suggest_the_nearest(capsys):
     assert "'--weight-decya'. Did you mean --weight-decay?" in refusal(capsys, train_options, "--weight_decya", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("parse", "word", "flag"),
+    [
+        (train_options, "--learning_rate", "--lr"),
+        (train_options, "--wd", "--weight-decay"),
+        (train_options, "--num-epochs", "--epochs"),
+        (validate_options, "--batch", "--batch-size"),
+    ],
+)
+def test_common_names_suggest_the_flag_that_is_meant(capsys, parse, word, flag):
+    assert f"Did you mean {flag}?" in refusal(capsys, parse, word, "1")
 
 
 @pytest.mark.parametrize("flag", TRAIN_REFUSED)
@@ -78,6 +98,24 @@ def test_wrong_types_and_choices_are_one_sentence(capsys):
     assert "INPUT" in refusal(capsys, predict_options)
 
 
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (throughput_options, ["--batch-size", "0"]),
+        (throughput_options, ["--rounds", "0"]),
+        (throughput_options, ["--resolution", "-5"]),
+        (throughput_options, ["--warmup", "-1"]),
+        (validate_options, ["--batch-size", "0"]),
+        (validate_options, ["--input-size", "3", "0", "32"]),
+        (validate_options, ["--workers", "-1"]),
+        (predict_options, ["x", "--topk", "0"]),
+        (predict_options, ["x", "--batch-size", "1.5"]),
+    ],
+)
+def test_impossible_counts_are_refused_at_once(capsys, parse, words):
+    assert "must be a whole number of at least " in refusal(capsys, parse, *words)
+
+
 def test_model_arguments_are_literals_or_text():
     words = ["--model-kwargs", "depths=1,1,2,2", "dt_init=mamba", "layer_scale=1e-5", "qk_norm=True"]
     expected = {"depths": (1, 1, 2, 2), "dt_init": "mamba", "layer_scale": 1e-5, "qk_norm": True}
@@ -105,6 +143,7 @@ def test_recipes_set_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("learning_rate: 0.1", "unknown key 'learning_rate'. Did you mean --lr?"),
         ("weight_decai: 0.1", "unknown key 'weight_decai'. Did you mean --weight-decay?"),
         ("drop_block: 0.1", "drop_block is not available"),
         ("amp: 1", "amp must be true or false, got 1"),

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 import mambavision
-from conftest import SMALL
+from conftest import ROOT, SMALL
+from engine import contact_sheet
 from engine.classify import find_images, predict
 from engine.options import predict_options, throughput_options, validate_options
 from engine.saved import open_classifier
@@ -65,7 +66,7 @@ def test_scores_are_those_of_counting(digits, checkpoint, capsys):
     assert result["top1"] == pytest.approx(100 * right / 15, abs=1e-3)
     assert result["top1"] + result["top1_err"] == 100
     assert result["top5"] == 100
-    expected = {"model": "mamba_vision_T", "img_size": 32, "crop_pct": 1.0, "checkpoint": str(checkpoint)}
+    expected = {"model": "mamba_vision_T", "img_size": 32, "checkpoint": str(checkpoint), "weights": "raw"}
     assert {key: result[key] for key in expected} == expected
     assert result["param_count"] == round(sum(each.numel() for each in classifier.model.parameters()) / 1e6, 2)
 
@@ -87,9 +88,15 @@ def test_options_work(digits, checkpoint, capsys, words):
     assert np.isfinite(results(capsys)["loss"])
 
 
-def test_averaged_weights(digits, checkpoint, capsys):
-    score(digits, "--checkpoint", checkpoint, "--use-ema")
-    result = results(capsys)
+def test_averaged_weights(digits, checkpoint, tmp_path, capsys):
+    score(digits, "--checkpoint", checkpoint)
+    assert "best.pth.tar: took the raw weights; it holds averaged ones too, for --use-ema" in capsys.readouterr().out
+    table = tmp_path / "table.csv"
+    score(digits, "--checkpoint", checkpoint, "--use-ema", "--results-file", table)
+    shown = capsys.readouterr().out
+    assert "raw weights" not in shown
+    result = json.loads(shown.split("--result\n")[1])
+    assert result["weights"] == next(csv.DictReader(table.open()))["weights"] == "ema"
     assert result["top1"] == pytest.approx(100 / 3, abs=1e-3)  # all logits are 0
     assert result["loss"] == pytest.approx(np.log(3), abs=1e-3)
 
@@ -216,10 +223,40 @@ def test_wrong_requests_are_one_sentence(digits, checkpoint, tmp_path):
         ([digits, "--data-dir", tmp_path, "--checkpoint", checkpoint], UserError, "two data folders"),
         ([digits, "--checkpoint", tmp_path], UserError, "holds no checkpoints"),
         ([digits, "--model", "mamba_vision"], UserError, "unknown model 'mamba_vision'. Did you mean"),
-        ([digits, "--checkpoint", checkpoint, "--num-classes", "4"], CheckpointError, "has 3 classes, the model has 4"),
+        ([digits, "--checkpoint", checkpoint, "--num-classes", "4"], CheckpointError, "not 4: leave out --num-classes"),
     ]:
         with pytest.raises(error, match=message):
             score(*words)
+
+
+def test_unwritable_results_are_noticed_before_the_work(digits, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.scoring.jobs", lambda args: pytest.fail("too late"))
+    monkeypatch.setattr("engine.timing._contestant", lambda *args: pytest.fail("too late"))
+    for place in (tmp_path, checkpoint / "results", "/proc/none/results"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            score(digits, "--checkpoint", checkpoint, "--results-file", place)
+        with pytest.raises(OutputError, match="cannot be written"):
+            compare(throughput_options(["--json", str(place)]))
+
+
+def test_unreachable_weights_are_logged_once(run_program, digits, tmp_path):
+    """The address refuses connections; without the waits between attempts."""
+    program = tmp_path / "validate.py"
+    program.write_text(
+        f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "classification")!r})
+time.sleep = lambda seconds: None
+import validate
+validate.main()
+"""
+    )
+    places = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    words = ["--data-dir", digits, "--model", "mamba_vision_T", *CPU]
+    result = run_program(program, *words, check=False, **places)
+    assert result.returncode == 65
+    assert (result.stdout + result.stderr).count("[Retry 1/") == 1
+    assert "could not be downloaded" in result.stderr.splitlines()[-1]
 
 
 def test_other_classes_than_the_checkpoint_are_listed(digits, checkpoint, tmp_path):
@@ -345,8 +382,9 @@ def test_broken_images_are_named_or_skipped(digits, checkpoint, tmp_path, capsys
 
 def test_impossible_predictions_create_nothing(digits, checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file/out: cannot be written"):
-        classify(digits, "--checkpoint", checkpoint, "--out", tmp_path / "file" / "out")
+    for place in (str(tmp_path / "file" / "out"), "/proc/out"):
+        with pytest.raises(OutputError, match=rf"{place}/predictions\.txt: cannot be written .*choose another place"):
+            classify(digits, "--checkpoint", "none.pth", "--out", place)
     with pytest.raises(UserError, match="no model: give --checkpoint"):
         classify(digits)
 
@@ -354,6 +392,29 @@ def test_impossible_predictions_create_nothing(digits, checkpoint, tmp_path):
 def test_many_images_get_numbered_sheets(digits, checkpoint, tmp_path):
     classify(digits, "--checkpoint", checkpoint, "--out", tmp_path, "--sheet-limit", "70")
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["contact_sheet_1.png", "contact_sheet_2.png"]
+
+
+@pytest.mark.parametrize(
+    ("guess", "probability", "truth", "caption"),
+    [
+        ("3", 0.494, "3", ["3  49 %"]),
+        ("3", 0.494, "8", ["3  49 % (is 8)"]),
+        ("digit 3", 0.494, "digit 8", ["digit 3  49 %", "(is digit 8)"]),
+        ("tabby, tabby cat", 1.0, None, ["tabby  100 %"]),
+    ],
+)
+def test_captions_tell_guess_probability_and_truth(guess, probability, truth, caption):
+    tile = contact_sheet.Tile(Image.new("RGB", (1, 1)), guess, probability, truth)
+    assert contact_sheet._caption(tile, ImageFont.load_default(12)) == caption
+
+
+def test_long_class_names_leave_room_for_the_rest():
+    tile = contact_sheet.Tile(Image.new("RGB", (1, 1)), "American Staffordshire terrier", 1.0, "German shepherd dog")
+    first, second = contact_sheet._caption(tile, ImageFont.load_default(12))
+    assert first.startswith("American")
+    assert first.endswith("…  100 %")
+    assert second.startswith("(is German")
+    assert second.endswith("…)")
 
 
 # throughput.py

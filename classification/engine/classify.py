@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers import get_img_extensions
 from timm.utils import natural_key
@@ -18,9 +17,8 @@ from timm.utils import natural_key
 from engine import report
 from engine.contact_sheet import Tile, draw_contact_sheets
 from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
-from engine.run import require_writable
 from engine.saved import Classifier, mixed_precision, open_classifier
-from mambavision.checkpoint import replacing
+from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
 from mambavision.launch import pick_device, this_process
 
@@ -43,7 +41,7 @@ def predict(args: argparse.Namespace) -> None:
     if not (args.checkpoint or args.model):
         raise UserError("no model: give --checkpoint, or --model for released weights.")
     out = Path(args.out)
-    require_writable(out)
+    check_writable(out / "predictions.txt")
     files = find_images(args.inputs)
     classifier = open_classifier(args, args.model, args.checkpoint, device, exif_default=True)
     names = _class_names(args.class_names, classifier)
@@ -186,5 +184,4 @@ def _evenly_spread(files: list[Path], limit: int) -> list[Path]:
 def _tile(file: Path, best: Candidate, names: list[str], exif_transpose: bool) -> Tile:
     # In a folder that is called like a class, the prediction can be judged.
     truth = file.parent.name if file.parent.name in names else None
-    image: Image.Image = decode_image(file, exif_transpose=exif_transpose)
-    return Tile(image, f"{best.name}  {100 * best.probability:.1f} %", None if truth is None else truth == best.name)
+    return Tile(decode_image(file, exif_transpose=exif_transpose), best.name, best.probability, truth)

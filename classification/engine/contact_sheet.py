@@ -9,8 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 from mambavision.checkpoint import replacing
 
 _COLUMNS, _ROWS = 10, 6
-_SIDE, _CAPTION, _MARGIN, _FRAME = 112, 20, 8, 3  # pixels
+_SIDE, _LINE, _MARGIN, _FRAME = 112, 16, 8, 3  # pixels
 _UNKNOWN, _RIGHT, _WRONG = (190, 190, 190), (46, 160, 67), (207, 34, 46)
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,9 @@ class Tile:
     """A picture on the sheet."""
 
     image: Image.Image
-    caption: str
-    is_right: bool | None  # None: not known; otherwise the frame is green or red
+    guess: str
+    probability: float
+    truth: str | None  # None: not known; otherwise the frame is green or red
 
 
 def draw_contact_sheets(tiles: Sequence[Tile], folder: Path) -> list[Path]:
@@ -38,19 +41,22 @@ def draw_contact_sheets(tiles: Sequence[Tile], folder: Path) -> list[Path]:
 def _draw(tiles: Sequence[Tile]) -> Image.Image:
     columns = min(_COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
-    cell_width, cell_height = _SIDE + _MARGIN, _SIDE + _CAPTION + _MARGIN
+    font = ImageFont.load_default(12)
+    captions = [_caption(tile, font) for tile in tiles]
+    cell_width = _SIDE + _MARGIN
+    cell_height = _SIDE + max(map(len, captions)) * _LINE + 4 + _MARGIN
     sheet = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    for index, tile in enumerate(tiles):
+    for index, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         left = _MARGIN + index % columns * cell_width
         top = _MARGIN + index // columns * cell_height
-        colour = {None: _UNKNOWN, True: _RIGHT, False: _WRONG}[tile.is_right]
+        colour = _UNKNOWN if tile.truth is None else _RIGHT if tile.truth == tile.guess else _WRONG
         draw.rectangle((left, top, left + _SIDE - 1, top + _SIDE - 1), outline=colour, width=_FRAME)
         picture = _fitted(tile.image, _SIDE - 2 * _FRAME)
         offset = ((_SIDE - picture.width) // 2, (_SIDE - picture.height) // 2)
         sheet.paste(picture, (left + offset[0], top + offset[1]))
-        draw.text((left, top + _SIDE + 2), _shortened(tile.caption, font, _SIDE), fill="black", font=font)
+        for number, line in enumerate(caption):
+            draw.text((left, top + _SIDE + 2 + number * _LINE), line, fill="black", font=font)
     return sheet
 
 
@@ -60,9 +66,26 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
+def _caption(tile: Tile, font: _Font) -> list[str]:
+    """Return one or two lines: guess, probability, and the truth if it is another. Only class names are shortened."""
+    guess, percent = _first_synonym(tile.guess), f"  {100 * tile.probability:.0f} %"
+    if tile.truth in (None, tile.guess):
+        return [_shortened(guess, percent, font)]
+    truth = f"(is {_first_synonym(tile.truth)}"
+    line = f"{guess}{percent} {truth})"
+    if font.getlength(line) <= _SIDE:
+        return [line]
+    return [_shortened(guess, percent, font), _shortened(truth, ")", font)]
+
+
+def _first_synonym(name: str) -> str:
+    return name.split(", ")[0]  # ImageNet's classes are lists of them
+
+
+def _shortened(text: str, rest: str, font: _Font) -> str:
+    """Return both parts in a row, the first with as many letters as fit beside the second."""
+    if font.getlength(text + rest) <= _SIDE:
+        return text + rest
+    while text and font.getlength(text + "…" + rest) > _SIDE:
         text = text[:-1]
-    return text + "…"
+    return text + "…" + rest

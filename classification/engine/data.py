@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers import add_img_extensions, get_img_extensions
 from timm.data.readers.class_map import load_class_map
+from torchvision.datasets import DatasetFolder
 
 from mambavision.errors import DataError, UserError
 from mambavision.launch import this_process
@@ -200,7 +201,10 @@ def open_split(
             repeats=epoch_repeats,
             input_img_mode=mode,
         )
-        return _one_after_the_other(create) if download else create()
+        opened = _one_after_the_other(create) if download else create()
+        if isinstance(opened, DatasetFolder):
+            opened.loader = partial(_decode_or_name, mode=mode)
+        return opened
     root = find_split(data_dir, split, may_be_root=not is_training)
     if isinstance(class_map, str) and class_map:
         class_map = _read_class_map(class_map, root)
@@ -208,6 +212,13 @@ def open_split(
         _check_class_folders(root)
     skipping = "" if not skip_corrupt else "replace" if is_training else "mark"
     return FolderDataset(root, class_map, mode, exif_transpose, skipping)
+
+
+def _decode_or_name(file: str, mode: str) -> Image.Image:
+    try:
+        return decode_image(file, mode)
+    except DECODING_ERRORS as error:
+        raise DataError(f"{file}: cannot be decoded ({why_undecodable(error)}); repair or remove it.") from error
 
 
 def _one_after_the_other(download: Callable[[], torch.utils.data.Dataset]) -> torch.utils.data.Dataset:

@@ -11,7 +11,7 @@ import ast
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,41 @@ import yaml
 _NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 Refused = dict[str, str]  # flag of the originals -> why it is not there and what to use
+
+# Common names for flags whose spelling is too different to be found by likeness.
+_ALIASES = {
+    "--learning-rate": "--lr",
+    "--wd": "--weight-decay",
+    "--batch": "--batch-size",
+    "--bs": "--batch-size",
+    "--optimizer": "--opt",
+    "--drop-path-rate": "--drop-path",
+    "--dropout": "--drop-rate",
+    "--auto-augment": "--aa",
+    "--grad-clip": "--clip-grad",
+    "--ema": "--model-ema",
+    "--warmup": "--warmup-epochs",
+    "--bf16": "--bfloat",
+    "--fp16": "--amp",
+}
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    """Return an argument type: a whole number that is not below `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+_positive, _not_negative = _whole_number(1), _whole_number(0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +82,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def did_you_mean(self, flag: str) -> str:
-        close = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.5)
+        known = self._option_string_actions
+        alias = _ALIASES.get(flag)
+        close = [alias] if alias in known else difflib.get_close_matches(flag, list(known), n=1, cutoff=0.5)
         return f" Did you mean {close[0]}?" if close else ""
 
     def error(self, message: str) -> None:
@@ -338,12 +375,12 @@ def validate_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_saved_model_options(parser)
     add("--test-pool", action="store_true", help="pool over larger images than trained on as timm does")
     add("--use-train-size", action="store_true", help="the training size of models that have a larger test size")
-    add("-b", "--batch-size", type=int, default=256)
-    add("-j", "--workers", type=int, help="data loading processes; default: 8, or the CPUs if fewer")
+    add("-b", "--batch-size", type=_positive, default=256)
+    add("-j", "--workers", type=_not_negative, help="data loading processes; default: 8, or the CPUs if fewer")
     add("--no-prefetcher", action="store_true", help="normalise in the workers instead of on the GPU")
     parser.switch("--pin-mem", help="pin host memory of batches")
-    add("--num-gpu", type=int, default=1, help="GPUs of this process; more processes by torchrun are faster")
-    add("--log-freq", type=int, default=10, help="batches between log lines")
+    add("--num-gpu", type=_positive, default=1, help="GPUs of this process; more processes by torchrun are faster")
+    add("--log-freq", type=_positive, default=10, help="batches between log lines")
     add("--real-labels", metavar="FILE", help="ImageNet-ReaL JSON; its scores take the place of top-1 and top-5")
     add("--valid-labels", metavar="FILE", help="text file of the class indices that predictions are restricted to")
     add("--results-file", metavar="FILE", help="write the results there as well")
@@ -358,13 +395,13 @@ def predict_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or pattern such as 'photos/*.jpg'")
     add("--out", default="predictions", metavar="DIR", help="folder to write to")
-    add("--topk", type=int, default=5, help="classes to list for each image")
+    add("--topk", type=_positive, default=5, help="classes to list for each image")
     add("--class-names", metavar="FILE", help="text file with a class name on each line; default: the checkpoint's")
-    add("--sheet-limit", type=int, default=100, help="images on contact sheets, spread evenly over the inputs")
+    add("--sheet-limit", type=_not_negative, default=100, help="images on contact sheets, evenly from the inputs")
     parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
     add("-m", "--model", help="name of one model; default: the checkpoint's")
     _add_saved_model_options(parser)
-    add("-b", "--batch-size", type=int, default=32)
+    add("-b", "--batch-size", type=_positive, default=32)
     return parser.parse_args(argv)
 
 
@@ -374,11 +411,11 @@ def _add_saved_model_options(parser: Parser) -> None:
     parser.switch("--use-ema", help="use the averaged weights of the checkpoint")
     parser.switch("--trust-checkpoint", help="unpickle the checkpoint without restriction: it can run any code")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="further model arguments")
-    add("--num-classes", type=int, help="default: the checkpoint's, or the model's")
-    add("--in-chans", type=int, help="channels of the images; default: the model's")
+    add("--num-classes", type=_positive, help="default: the checkpoint's, or the model's")
+    add("--in-chans", type=_positive, help="channels of the images; default: the model's")
     add("--gp", help="global pooling; default: the model's")
-    add("--img-size", type=int, help="height and width; default: the model's")
-    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the model's")
+    add("--img-size", type=_positive, help="height and width; default: the model's")
+    add("--input-size", type=_positive, nargs=3, metavar=("C", "H", "W"), help="default: the model's")
     add("--crop-pct", type=float, help="part of the image that is cropped; default: the model's")
     add("--crop-mode", choices=["squash", "border", "center"], help="default: the model's")
     add("--mean", type=float, nargs="+", help="pixel mean; default: the model's")
@@ -401,17 +438,17 @@ def throughput_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs="+", default=["mamba_vision_T"], metavar="NAME", help="models of this package or of timm")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="arguments of all models")
-    add("--resolution", "--img-size", type=int, help="height and width; default: each model's own")
-    add("-b", "--batch-size", "--bs", type=int, default=128)
-    add("--rounds", type=int, default=20, help="timed rounds; in each, every model has its turn")
-    add("--iterations", type=int, default=0, help="forwards in a turn; 0: about half a second's worth")
-    add("--warmup", type=int, default=3, help="forwards of every model before the timing")
+    add("--resolution", "--img-size", type=_positive, help="height and width; default: each model's own")
+    add("-b", "--batch-size", "--bs", type=_positive, default=128)
+    add("--rounds", type=_positive, default=20, help="timed rounds; in each, every model has its turn")
+    add("--iterations", type=_not_negative, default=0, help="forwards in a turn; 0: about half a second's worth")
+    add("--warmup", type=_not_negative, default=3, help="forwards of every model before the timing")
     parser.switch("--train", help="time forward, backward and loss instead of inference")
     parser.switch("--channels-last", "--channel-last", help="channels-last memory layout")
     parser.switch("--amp", help="mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the models")
-    add("--threads", type=int, help="CPU threads")
+    add("--threads", type=_positive, help="CPU threads")
     add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
     add("--json", metavar="FILE", help="write the figures there as well")
     return parser.parse_args(argv)

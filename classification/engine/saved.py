@@ -1,6 +1,7 @@
 """Opening a classifier as it was trained: model, weights, preprocessing and class names from one checkpoint."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from engine.build import create_any, data_config, input_size
-from mambavision.checkpoint import load_weights, read_checkpoint
-from mambavision.errors import UserError
+from mambavision.checkpoint import EMA_KEYS, load_weights, read_checkpoint
+from mambavision.errors import CheckpointError, UserError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,8 +54,13 @@ def open_classifier(
         **args.model_kwargs,
     }
     arguments = own | {key: value for key, value in options.items() if value is not None}
+    trained = own.get("num_classes")
+    if args.num_classes and trained and args.num_classes != trained:
+        raise CheckpointError(f"{checkpoint}: has {trained} classes, not {args.num_classes}: leave out --num-classes.")
     model = create_any(name, pretrained=not checkpoint, arguments=arguments)
     if checkpoint:
+        if not args.use_ema and any(saved.get(key) for key in EMA_KEYS):
+            _logger.info("%s: took the raw weights; it holds averaged ones too, for --use-ema", checkpoint)
         load_weights(model, saved, checkpoint, ema=args.use_ema)
 
     given = {key: getattr(args, key) for key in ("input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")}

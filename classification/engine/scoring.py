@@ -21,7 +21,7 @@ from engine import data, report
 from engine.evaluate import evaluate
 from engine.loaders import Share, eval_loader
 from engine.saved import Classifier, mixed_precision, open_classifier
-from mambavision.checkpoint import replacing
+from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
 from mambavision.factory import list_models
 from mambavision.launch import Process, join, leave, pick_device, this_process
@@ -43,6 +43,8 @@ def validate(args: argparse.Namespace) -> None:
     process = this_process()
     device = pick_device(args.device, process)
     report.start_logging(process.is_first)
+    if args.results_file and process.is_first:
+        check_writable(args.results_file)
     if args.pretrained and args.checkpoint:
         _logger.info("--pretrained does nothing here: the weights are those of --checkpoint")
     join(process, device)
@@ -177,7 +179,10 @@ def _score(
     data.log_skipped(dataset)
     if real_labels is not None:
         scores["top1"], scores["top5"] = real_labels.get_accuracy(k=1), real_labels.get_accuracy(k=5)
-    return _result(classifier, config, scores) | ({"checkpoint": opened.checkpoint} if opened.checkpoint else {})
+    result = _result(classifier, config, scores)
+    if opened.checkpoint:
+        result |= {"checkpoint": opened.checkpoint, "weights": "ema" if args.use_ema else "raw"}
+    return result
 
 
 def _prepared(args: argparse.Namespace, classifier: Classifier) -> tuple[nn.Module, bool]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.build import create_any, input_size
 from engine.saved import amp_dtype_name, mixed_precision
-from mambavision.checkpoint import replacing
+from mambavision.checkpoint import check_writable, replacing
 from mambavision.complexity import Complexity, complexity
 from mambavision.launch import pick_device, this_process
 
@@ -61,6 +61,8 @@ class _Contestant:
 
 def compare(args: argparse.Namespace) -> None:
     """Time the models of the options, print a table, and write JSON if asked."""
+    if args.json:
+        check_writable(args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device, this_process())
