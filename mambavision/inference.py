@@ -8,7 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in which convolutions do the work of the batch norms behind them.
+    """Return a copy of one of this package's models in which convolutions do the work of the batch norms behind them.
 
     In evaluation mode a batch norm is a scale and a shift for each channel, which the weights of the convolution before
     it can take over. A batch norm belongs to a convolution if it is the next module that their parent defines. Logits
@@ -23,7 +23,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            # Not subclasses, which may do more: timm has batch norms with an activation.
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return model
