@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS, Implementation, Operator, overview
+from vision_kernels.backends import (
+    BACKEND_VARIABLE,
+    OPERATORS,
+    Implementation,
+    Operator,
+    check_forced_backend,
+    overview,
+)
 
 
 @pytest.fixture
@@ -49,6 +56,15 @@ def test_forcing_an_impossible_backend_says_why(operator, monkeypatch, forced, m
     monkeypatch.setenv(BACKEND_VARIABLE, forced)
     with pytest.raises(ValueError, match=message):
         operator.select("cpu")
+
+
+def test_a_forced_backend_needs_one_operator_that_has_it(operator, monkeypatch):
+    for possible in ("", "plain", "reference"):
+        monkeypatch.setenv(BACKEND_VARIABLE, possible)
+        check_forced_backend()
+    monkeypatch.setenv(BACKEND_VARIABLE, "fast")
+    with pytest.raises(ValueError, match=f"{BACKEND_VARIABLE}=fast"):
+        check_forced_backend()
 
 
 def test_overview_says_what_is_active_and_why_another_is_not(operator, monkeypatch):

@@ -77,19 +77,42 @@ class Operator:
         raise ValueError(f"{self.name}: no implementation runs on device {device_type!r}")
 
     def _forced(self, backend: str, device_type: str) -> Implementation:
+        implementation = self.named(backend)
+        if not implementation.runs_on(device_type):
+            devices = ", ".join(implementation.devices)
+            raise ValueError(f"{BACKEND_VARIABLE}={backend}: runs on {devices}, the inputs are on {device_type}")
+        return implementation
+
+    def named(self, backend: str) -> Implementation:
+        """Return the implementation of a backend.
+
+        Raises:
+            ValueError: There is none, or it cannot run on this machine.
+        """
         by_name = {implementation.backend: implementation for implementation in self.implementations}
         if backend not in by_name:
             raise ValueError(f"{BACKEND_VARIABLE}={backend}: {self.name} has the backends {', '.join(by_name)}")
         reason = by_name[backend].why_unavailable()
         if reason is not None:
             raise ValueError(f"{BACKEND_VARIABLE}={backend}: {self.name}: {reason}")
-        if not by_name[backend].runs_on(device_type):
-            devices = ", ".join(by_name[backend].devices)
-            raise ValueError(f"{BACKEND_VARIABLE}={backend}: runs on {devices}, the inputs are on {device_type}")
         return by_name[backend]
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def check_forced_backend() -> None:
+    """Raise a ValueError if ``VISION_KERNELS_BACKEND`` names a backend with which no operator can run here."""
+    forced = os.environ.get(BACKEND_VARIABLE, "")
+    problems = []
+    for operator in OPERATORS.values() if forced else ():
+        try:
+            operator.named(forced)
+            return
+        except ValueError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
 
 
 def overview() -> str:
