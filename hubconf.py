@@ -1,4 +1,7 @@
-"""torch.hub entry points, one for each registered model: ``torch.hub.load("OWNER/REPOSITORY", "mamba_vision_T")``."""
+"""torch.hub entry points, one for each registered model.
+
+``torch.hub.load("/path/to/clone", "mamba_vision_T", source="local")``
+"""
 
 import importlib.util
 import sys

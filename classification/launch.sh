@@ -1,6 +1,8 @@
 # Sourced by train.sh and test.sh: runs a program of this folder on one machine, in a Slurm allocation, or as a Slurm job.
 #
 # From the environment, all optional:
+#   LAUNCH       local: on this machine; slurm: in the allocation it is started in, else as a job (default: slurm in an
+#                allocation and where there is sbatch, else local)
 #   GPUS         GPUs, and so processes, of each machine (default: 8 under Slurm, else those that are there; 0: the CPU)
 #   PROCESSES    processes of each machine (default: GPUS, at least 1)
 #   NODES        machines (default: 1; more than 1 needs Slurm)
@@ -9,13 +11,17 @@
 #   PYTHON       interpreter (default: python)
 
 launch() { # launch PROGRAM [ARGUMENT ...]
-    local nodes=${NODES:-1} python=${PYTHON:-python} gpus processes
-    gpus=${GPUS:-$(default_gpus)}
+    local nodes=${NODES:-1} python=${PYTHON:-python} where=${LAUNCH:-$(default_launch)} gpus processes
+    if [[ $where != local && $where != slurm ]]; then
+        echo "error: LAUNCH=$where is not known; use local or slurm" >&2
+        return 2
+    fi
+    gpus=${GPUS:-$(default_gpus "$where")}
     processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
 
-    if [[ -z ${SLURM_JOB_ID:-} ]] && ! command -v sbatch >/dev/null; then
+    if [[ $where == local ]]; then
         if ((nodes > 1)); then
-            echo "error: NODES=$nodes needs Slurm, and there is no sbatch here" >&2
+            echo "error: NODES=$nodes needs Slurm, and this is a start on one machine (no sbatch here, or LAUNCH=local)" >&2
             return 2
         fi
         if ((processes > 1)); then
@@ -36,13 +42,15 @@ launch() { # launch PROGRAM [ARGUMENT ...]
     # shellcheck disable=SC2086 # SBATCH_OPTIONS is a list of words
     sbatch "${shape[@]}" --job-name="${JOB_NAME:-$(basename "$1" .py)}" --chdir="$PWD" --output="%x-%j.log" \
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"} ${TIME:+--time="$TIME"} \
-        ${SBATCH_OPTIONS:-} --wrap="$(printf '%q ' "${step[@]}")"
+        ${SBATCH_OPTIONS:-} --wrap="$(printf '%q ' "${step[@]}")" && return
+    echo "error: sbatch did not take the job; with LAUNCH=local it runs on this machine" >&2
+    return 1
 }
 
-default_gpus() {
-    if [[ -n ${SLURM_JOB_ID:-} ]] || command -v sbatch >/dev/null; then
-        echo 8
-    else
-        { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
-    fi
+default_launch() {
+    if [[ -n ${SLURM_JOB_ID:-} ]] || command -v sbatch >/dev/null; then echo slurm; else echo local; fi
+}
+
+default_gpus() { # default_gpus local|slurm
+    if [[ $1 == slurm ]]; then echo 8; else { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; fi
 }

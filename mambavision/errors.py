@@ -1,7 +1,9 @@
 """Errors a user can mend: one sentence that says what is wrong, where, and what to do."""
 
 import difflib
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -32,6 +34,16 @@ class OutputError(UserError):
     exit_status = IO_FAILURE
 
 
+class Interruption(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM, by which Slurm and timeout end programs; `advice` may say how to go on."""
+
+    advice = ""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_status = 128 + number
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -39,15 +51,42 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a program; a UserError ends it with one sentence on stderr and its exit status instead of a traceback."""
+    """Run a program; errors of the user and interruptions end it with a sentence on stderr instead of a traceback."""
+    _raise_interruptions()
     try:
+        _check_backend()
         main()
     except UserError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except Interruption as interruption:
+        print(f"interrupted{interruption.advice}", file=sys.stderr)
+        raise SystemExit(interruption.exit_status) from None
+
+
+def _raise_interruptions() -> None:
+    program = os.getpid()
+
+    def interrupt(number, frame):
+        if os.getpid() == program:
+            # To torch, workers that end by the same signal would be an error.
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            raise Interruption(number)
+        if number == signal.SIGTERM:  # a worker process: it leaves the talking to the program
+            os._exit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs of scripts have it
+            signal.signal(number, interrupt)
+
+
+def _check_backend() -> None:
+    from vision_kernels.backends import check_forced_backend
+
+    try:
+        check_forced_backend()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _sentence(error: UserError) -> str:

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS, Implementation, Operator, overview
+from vision_kernels.backends import (
+    BACKEND_VARIABLE,
+    OPERATORS,
+    Implementation,
+    Operator,
+    check_forced_backend,
+    overview,
+)
 
 
 @pytest.fixture
@@ -73,6 +80,16 @@ def test_arguments_that_a_backend_cannot_compute_go_to_the_next(operator, monkey
     assert operator.select("cpu", "little").backend == "small"
     with pytest.raises(ValueError, match="test_operator=small: too big"):
         operator.select("cpu", "big")
+
+
+def test_forced_backend_is_checked_before_work(operator, monkeypatch):
+    for possible in ("", "test_operator=plain", "selective_scan=reference"):
+        monkeypatch.setenv(BACKEND_VARIABLE, possible)
+        check_forced_backend()
+    for impossible in ("test_operator=fast", "fast", "no_operator=plain"):
+        monkeypatch.setenv(BACKEND_VARIABLE, impossible)
+        with pytest.raises(ValueError, match=BACKEND_VARIABLE):
+            check_forced_backend()
 
 
 def test_overview_says_what_is_active_and_why_another_is_not(operator, monkeypatch):

@@ -93,6 +93,15 @@ def test_training_under_srun(digits, tmp_path):
     assert len(list(tmp_path.glob("output/train/exp/*"))) == 1
 
 
+@pytest.mark.parametrize("program", ["train.py", "validate.py", "throughput.py", "predict.py picture.png"])
+def test_unknown_backends_end_programs_before_they_start(program, run_program, tmp_path):
+    name, *words = program.split()
+    result = run_program(f"classification/{name}", *words, check=False, VISION_KERNELS_BACKEND="cudaa")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: VISION_KERNELS_BACKEND=cudaa: selective_scan has the backends torch")
+    assert not list(tmp_path.iterdir())
+
+
 def _free_port():
     with socket.socket() as server:
         server.bind(("localhost", 0))
@@ -109,10 +118,9 @@ def shell(tmp_path):
     for name in ("bash", "basename", "dirname", "wc"):
         (tools / name).symlink_to(shutil.which(name))
 
-    def fake(*names):
-        for name in names:
-            (tools / name).write_text(f'#!{shutil.which("bash")}\nprintf "<%s>" {name} "$@"\n')
-            (tools / name).chmod(0o755)
+    def fake(name, commands='printf "<%s>" "${0##*/}" "$@"'):
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{commands}\n")
+        (tools / name).chmod(0o755)
 
     def run(script, *words, **environment):
         environment = {"PATH": str(tools), "PYTHON": "python"} | environment
@@ -155,6 +163,25 @@ def test_scripts_submit_jobs(shell):
     )
     assert r"--tag a\ b" in wrapped
     assert "<--gres" not in shell("train.sh", GPUS="0").stdout
+
+
+def test_scripts_run_where_they_are_told_to(shell):
+    shell.fake("sbatch")
+    shell.fake("srun")
+    shell.fake("python")
+    for slurm in ({}, {"SLURM_JOB_ID": "1"}):
+        assert shell("train.sh", "x", LAUNCH="local", **slurm).stdout == "<python><-u><train.py><x>"
+    assert shell("train.sh", "x", LAUNCH="slurm").stdout.startswith("<sbatch>")
+    refused = shell("train.sh", LAUNCH="here")
+    assert (refused.returncode, refused.stderr) == (2, "error: LAUNCH=here is not known; use local or slurm\n")
+    assert shell("train.sh", LAUNCH="local", NODES="2").returncode == 2
+
+
+def test_refused_jobs_name_the_way_out(shell):
+    shell.fake("sbatch", "echo 'sbatch: error: no partition' >&2; exit 1")
+    refused = shell("train.sh", "x")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("error: sbatch did not take the job; with LAUNCH=local it runs on this machine\n")
 
 
 def test_scripts_use_an_allocation(shell):

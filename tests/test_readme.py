@@ -16,6 +16,7 @@ from engine.options import predict_options, throughput_options, train_options, v
 from mambavision.complexity import complexity
 
 README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PARSERS = {
@@ -48,6 +49,8 @@ def test_command(command, monkeypatch, tmp_path):
         subprocess.run(["make", "--dry-run", "VENV=" + str(tmp_path), *words[1:]], check=True, capture_output=True)
     elif words[:2] == ["pip", "install"]:
         assert (ROOT / words[-1]).is_file()
+    elif words[0] == "source":
+        assert words[1:] == [re.search(r"^VENV \?= (.*)$", MAKEFILE, re.MULTILINE)[1] + "/bin/activate"]
     elif words[0] == "cd":
         assert (ROOT / words[1]).is_dir()
     else:

@@ -1,6 +1,8 @@
 """train.py: runs, and what they leave behind."""
 
+import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from PIL import Image
 
 import mambavision
 from conftest import ROOT, SETTING, SMALL, summary, weights
-from engine import build, run, trainer
+from engine import build, report, run, trainer
 from engine.options import train_options
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, DataError, OutputError, UserError
@@ -36,7 +38,7 @@ def test_a_run_leaves_everything_behind(train, capsys):
     log = (folder / "train.log").read_text()
     assert "epoch 0 [6/6]" in log
     assert "images/s" in log
-    assert "ETA" in log
+    assert "ETA of the run 0:0" in log
     assert log.splitlines()[-1].split(" ", 2)[2] in capsys.readouterr().out
 
     checkpoint = read_checkpoint(folder / run.LAST)
@@ -146,6 +148,13 @@ def test_initial_weights(train, tmp_path, capsys):
         (["--opt", "lambb"], UserError, "unknown optimizer --opt lambb. Did you mean 'lamb'"),
         (["--resume", "nothing.pth.tar"], CheckpointError, r"nothing\.pth\.tar: no such file"),
         (["--output", "file/below"], OutputError, "file/below/exp: cannot be written, because of .*file"),
+        (["--output", "/proc/below"], OutputError, r"/proc/below/exp: cannot be written, because of /.* with --output"),
+        (["--log-dir", "/proc/below"], OutputError, "/proc/below_exp: cannot be written, .* with --log-dir"),
+        (["--lr", "-1"], UserError, "--lr -1: must be 0 or more"),
+        (["--drop-path", "2"], UserError, "--drop-path 2: must be from 0 to 1"),
+        (["--opt-betas", "0.9", "1"], UserError, "--opt-betas 1: must be at least 0 and less than 1"),
+        (["--aa", "nonsense"], UserError, "--aa nonsense: Unknown AA policy nonsense; give a policy of timm"),
+        (["--aa", "rand-m9-foo1"], UserError, "--aa rand-m9-foo1: Unknown RandAugment config section"),
         (["--mesa", "1"], UserError, "add --model-ema"),
         (["--sync-bn"], UserError, "needs GPUs"),
         (["--batch-size", "7"], UserError, "must be even for mixup"),
@@ -188,7 +197,39 @@ def test_existing_runs_are_not_overwritten(train):
     assert len(summary(folder)) == 2
 
 
+# Progress
+
+
+def test_slow_batches_are_logged_one_by_one(caplog, monkeypatch):
+    now = itertools.count(0, 6.0)
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: False, raising=False)
+    with caplog.at_level("INFO"), report.progress("epoch 0", 5, interval=50) as line:
+        assert [line.step(lambda: "loss 1") for _ in range(5)] == [False] * 4 + [True]
+    first, *_, last = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"epoch 0 \[\d/5\] loss 1  ETA 0:\d\d:\d\d", first)
+    assert last == "epoch 0 [5/5] loss 1"
+
+
+def test_remaining_time_counts_the_epochs_left(prepare, caplog, monkeypatch):
+    small = prepare("--epochs", "11", "--no-saver")
+    monkeypatch.setattr(small, "_train_epoch", lambda epoch: (1.0, 1.0))
+    monkeypatch.setattr(small, "_scores", lambda: {"raw": {"top1": 1.0, "top5": 1.0, "loss": 1.0}})
+    monkeypatch.setattr(trainer.time, "monotonic", itertools.count(0, 60).__next__)  # an epoch takes a minute
+    with caplog.at_level("INFO"):
+        small._run_epoch(4, None)
+    assert caplog.messages[-1].endswith("ETA of the run 0:06:00")
+
+
 # Schedules
+
+
+def test_warm_up_that_never_ends_is_warned_about(train, capsys):
+    warning = "does not get beyond its warm-up: --warmup-epochs is 2, and --epochs only 1"
+    train("--epochs", "1", "--warmup-epochs", "2")
+    assert warning in capsys.readouterr().out
+    train("--epochs", "2", "--warmup-epochs", "1")
+    assert "warm-up" not in capsys.readouterr().out
 
 
 def rates(words, batches, at):

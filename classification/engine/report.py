@@ -21,6 +21,7 @@ from mambavision.errors import UserError
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0
 _BAR_TEXT_EVERY_SECONDS = 0.5
+_LINE_EVERY_SECONDS = 10.0
 
 _console = Console()
 _logger = logging.getLogger("engine")
@@ -52,9 +53,8 @@ class ProgressLine:
         self.total = total
         self.interval = max(1, interval)
         self.done = self._done_at_start = done
-        self._started = time.monotonic()
+        self._started = self._described = time.monotonic()
         self._bar = self._task = None
-        self._described = 0.0
         if sys.stdout.isatty():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
             self._bar = Progress(*columns, console=_console, transient=True)
@@ -62,18 +62,26 @@ class ProgressLine:
             self._bar.start()
 
     def step(self, describe: Callable[[], str]) -> bool:
-        """Count one batch; return whether it was logged. `describe` may be costly and is called only when it shows."""
+        """Count one batch; return whether its number is one to log. Slow passes show what happens in between as well.
+
+        `describe` may be costly and is called only when it shows.
+        """
         self.done += 1
         is_logged = self.done % self.interval == 0 or (self.done == self.total and self.log_end)
+        patience = _LINE_EVERY_SECONDS if self._bar is None else _BAR_TEXT_EVERY_SECONDS
+        if is_logged or time.monotonic() - self._described > patience:
+            self._show(describe())
+            self._described = time.monotonic()
         if self._bar is not None:
-            if is_logged or time.monotonic() - self._described > _BAR_TEXT_EVERY_SECONDS:
-                self._described = time.monotonic()
-                self._bar.update(self._task, description=f"{self.name}  {describe()}")
             self._bar.advance(self._task)
-        elif is_logged:
-            remaining = _duration(self._remaining())
-            _logger.info("%s [%d/%d] %s  ETA %s", self.name, self.done, self.total, describe(), remaining)
         return is_logged
+
+    def _show(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self.name}  {text}")
+        else:
+            remaining = f"  ETA {duration(self._remaining())}" if self.done < self.total else ""
+            _logger.info("%s [%d/%d] %s%s", self.name, self.done, self.total, text, remaining)
 
     def _remaining(self) -> float:
         elapsed = time.monotonic() - self._started
@@ -97,7 +105,8 @@ def progress(
             line.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return hours, minutes and seconds as text."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ def new_run_folder(output: str, tag: str, experiment: str, model: str, size: int
     """Return the folder of a new run: ``output/train/TAG/DATE-TIME-MODEL-SIZE`` unless it is named."""
     parent = runs_folder(output, tag)
     if experiment:
-        if _checkpoints_in(parent / experiment):
+        if checkpoints_in(parent / experiment):
             raise UserError(
                 f"{parent / experiment}: holds a run already; continue it with --resume auto, or name another "
                 "--experiment."
@@ -48,10 +49,10 @@ def resumable_checkpoints(output: str, tag: str, experiment: str) -> list[Path]:
     """Return the checkpoints of an experiment or, without one, of all runs of a tag."""
     parent = runs_folder(output, tag)
     folders = [parent / experiment] if experiment else parent.glob("*/")
-    return [path for folder in folders for path in _checkpoints_in(folder)]
+    return [path for folder in folders for path in checkpoints_in(folder)]
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     return [path for name in (LAST, RECOVERY, "checkpoint-*.pth.tar") for path in folder.glob(name)]
 
 
@@ -60,11 +61,17 @@ def folder_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent if (checkpoint.parent / SETTINGS).exists() else None
 
 
-def require_writable(folder: Path) -> None:
-    """Raise an OutputError unless a folder can be created or, if it exists, written to. Creates nothing."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"{folder}: cannot be written, because of {existing}; choose another folder with --output.")
+def require_writable(folder: Path, flag: str = "--output") -> None:
+    """Raise an OutputError unless a folder can be created or, if it exists, written to. Leaves nothing behind.
+
+    Only an attempt tells: permissions mean nothing to root, nor to file systems that are read-only or made up.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        problem = f"{folder}: cannot be written, because of {existing} ({error.strerror})"
+        raise OutputError(f"{problem}; choose another folder with {flag}.") from error
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import logging
 import time
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch.utils.data import IterableDataset
 from engine import build, data, report, run
 from engine.evaluate import evaluate
 from engine.loaders import Share
+from engine.values import check_values
 from mambavision import resume
 from mambavision.checkpoint import load_weights, read_checkpoint, save_checkpoint
-from mambavision.errors import BAD_DATA, CheckpointError, UserError
+from mambavision.errors import BAD_DATA, CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device, process)
     report.start_logging(process.is_first)
     build.check_options(args, device)
+    check_values(args)
     join(process, device)
     trainer = Trainer(args, process, device)
     if args.validate_only:
@@ -54,6 +56,9 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, process: Process, device: torch.device) -> None:
         self.args, self.process, self.device = args, process, device
         run.require_writable(run.runs_folder(args.output, args.tag))
+        self.log_dir = Path(f"{args.log_dir.rstrip('/')}_{args.tag}") if args.log_dir else None
+        if self.log_dir:
+            run.require_writable(self.log_dir, "--log-dir")
         random_seed(args.seed)  # the same on all processes, so that they build the same model
         if args.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -81,6 +86,7 @@ class Trainer:
         self.checkpoints = run.Checkpoints(self.folder, args.checkpoint_hist, args.eval_metric == "loss")
         if resumed:
             self._resume(*resumed)
+        self.last_complete_epoch = self.first_epoch - 1
         self.updates = self.first_epoch * self._steps_per_epoch() + self.first_batch // args.grad_accum_steps
         self._move_schedule(resumed[1].get("plateau") if resumed and not args.no_resume_opt else None)
         if process.is_distributed:
@@ -218,19 +224,28 @@ class Trainer:
         if self.first_epoch >= self.num_epochs:
             _logger.info("all %d epochs of this run are done; raise --epochs to go on", self.num_epochs)
             return
-        reporter = self._open_report()
+        reporter, epoch = self._open_report(), self.first_epoch
         try:
-            for epoch in range(self.first_epoch, self.num_epochs):
-                self._run_epoch(epoch, reporter)
-        finally:
-            if reporter is not None:
-                reporter.close()
+            with closing(reporter) if reporter else nullcontext():
+                for epoch in range(self.first_epoch, self.num_epochs):
+                    self._run_epoch(epoch, reporter)
+        except Interruption as interruption:
+            if not self.process.is_first:  # one process is enough to say it
+                raise SystemExit(interruption.exit_status) from None
+            interruption.advice = f" in epoch {epoch}; {self._how_to_go_on()}"
+            raise
         for dataset in self.datasets:
             data.log_skipped(dataset)
         if self.checkpoints.best is not None:
             epoch, metric = self.checkpoints.best
             name = self.args.eval_metric
             _logger.info("best %s %.3f in epoch %d; everything is in %s", name, metric, epoch, self.folder)
+
+    def _how_to_go_on(self) -> str:
+        if not run.checkpoints_in(self.folder):
+            return "no checkpoint was written yet"
+        done = "none" if self.last_complete_epoch < 0 else self.last_complete_epoch
+        return f"go on with --resume auto (last complete epoch: {done})"
 
     def validate_only(self) -> None:
         """Score the initial or resumed weights."""
@@ -245,7 +260,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in vars(args).items() if key not in ("config", "local_rank", "resume")}
         run.write_settings(self.folder, settings)
-        log_dir = Path(f"{args.log_dir.rstrip('/')}_{args.tag}") if args.log_dir else self.folder / "tensorboard"
+        log_dir = self.log_dir or self.folder / "tensorboard"
         reporter = report.RunReport(self.folder, log_dir, self.first_epoch, settings, args.log_wandb)
         parameters = sum(parameter.numel() for parameter in self.task.get_trainable_module().parameters())
         _logger.info(
@@ -259,10 +274,16 @@ class Trainer:
             args.batch_size * self.process.world_size,
             self.folder,
         )
+        if args.warmup_epochs >= args.epochs:
+            _logger.warning(
+                "the learning rate does not get beyond its warm-up: --warmup-epochs is %d, and --epochs only %d",
+                args.warmup_epochs,
+                args.epochs,
+            )
         return reporter
 
     def _run_epoch(self, epoch: int, reporter: report.RunReport | None) -> None:
-        args = self.args
+        args, started = self.args, time.monotonic()
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             self.batches.train.stop_mixup()
             if self.batches.mixup is not None:
@@ -285,11 +306,12 @@ class Trainer:
             training = {"loss": train_loss, "images_per_second": round(images_per_second, 1)}
             reporter.epoch(epoch, training, scores["raw"], scores.get("averaged"), lr)
         best_epoch, best = self.checkpoints.best
+        remaining = (time.monotonic() - started) * (self.num_epochs - 1 - epoch)
         _logger.info(
             "epoch %d: training loss %.4f, validation loss %.4f, top-1 %.2f %%, top-5 %.2f %%, lr %.3g, %.1f images/s "
-            "(best %s %.3f in epoch %d)",
+            "(best %s %.3f in epoch %d), ETA of the run %s",
             epoch, train_loss, judged["loss"], judged["top1"], judged["top5"], lr, images_per_second,
-            args.eval_metric, best, best_epoch,
+            args.eval_metric, best, best_epoch, report.duration(remaining),
         )  # fmt: skip
 
     def _models_on_device(self) -> dict[str, nn.Module]:
@@ -408,6 +430,7 @@ class Trainer:
             return
         if next_batch is None:
             self.checkpoints.write(checkpoint, epoch, is_best)
+            self.last_complete_epoch = epoch
         else:
             save_checkpoint(checkpoint, self.folder / run.RECOVERY)
 

@@ -98,11 +98,40 @@ class Operator:
             ValueError: ``VISION_KERNELS_BACKEND`` names a backend that this operator does not have, or that cannot
                 run on this machine, device or arguments.
         """
-        forced = self._forced_name()
-        chosen = self._forced(forced, device_type, arguments) if forced else self._preferred(device_type, arguments)
+        chosen = self.forced()
+        if chosen is None:
+            chosen = self._preferred(device_type, arguments)
+        elif not chosen.runs_on(device_type):
+            raise ValueError(
+                f"{BACKEND_VARIABLE}: {self.name}={chosen.backend}: runs on {', '.join(chosen.devices)}, "
+                f"the inputs are on {device_type}"
+            )
+        elif reason := chosen.why_not(arguments):
+            raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={chosen.backend}: {reason}")
         if (chosen.backend, device_type) not in self._announced:
             self._announced.add((chosen.backend, device_type))
             _logger.info("%s on %s: backend %r", self.name, device_type, chosen.backend)
+        return chosen
+
+    def forced(self) -> Implementation | None:
+        """Return the implementation that ``VISION_KERNELS_BACKEND`` names, or None if it names none.
+
+        Raises:
+            ValueError: It names a backend that this operator does not have or that cannot run on this machine, or an
+                operator that does not exist.
+        """
+        setting = os.environ.get(BACKEND_VARIABLE, "")
+        backend = _choices(setting).get(self.name, "") if "=" in setting else setting
+        if not backend:
+            return None
+        names = [each.backend for each in self.implementations]
+        if backend not in names:
+            raise ValueError(
+                f"{BACKEND_VARIABLE}: {self.name}={backend}: this operator has the backends {', '.join(names)}"
+            )
+        chosen = self.named(backend)
+        if reason := chosen.why_unavailable():
+            raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={backend}: {reason}")
         return chosen
 
     def _preferred(self, device_type: str, arguments: tuple) -> Implementation:
@@ -111,33 +140,24 @@ class Operator:
                 return each
         raise ValueError(f"{self.name}: no implementation runs on device {device_type!r}")
 
-    def _forced_name(self) -> str:
-        setting = os.environ.get(BACKEND_VARIABLE, "")
-        if "=" not in setting:
-            return setting
-        pairs = dict(pair.partition("=")[::2] for pair in setting.split(","))
-        unknown = [name for name in pairs if name not in OPERATORS]
-        if unknown:
-            raise ValueError(
-                f"{BACKEND_VARIABLE}={setting}: there is no operator {unknown[0]}, only {', '.join(OPERATORS)}"
-            )
-        return pairs.get(self.name, "")
 
-    def _forced(self, backend: str, device_type: str, arguments: tuple) -> Implementation:
-        by_name = {implementation.backend: implementation for implementation in self.implementations}
-        prefix = f"{BACKEND_VARIABLE}: {self.name}={backend}"
-        if backend not in by_name:
-            raise ValueError(f"{prefix}: this operator has the backends {', '.join(by_name)}")
-        chosen = by_name[backend]
-        if not chosen.runs_on(device_type):
-            raise ValueError(f"{prefix}: runs on {', '.join(chosen.devices)}, the inputs are on {device_type}")
-        reason = chosen.why_not(arguments)
-        if reason is not None:
-            raise ValueError(f"{prefix}: {reason}")
-        return chosen
+def _choices(setting: str) -> dict[str, str]:
+    """Read "operator=backend,operator=backend"."""
+    pairs = dict(pair.partition("=")[::2] for pair in setting.split(","))
+    unknown = [name for name in pairs if name not in OPERATORS]
+    if unknown:
+        known = ", ".join(OPERATORS)
+        raise ValueError(f"{BACKEND_VARIABLE}={setting}: there is no operator {unknown[0]}, only {known}")
+    return pairs
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def check_forced_backend() -> None:
+    """Raise a ValueError if ``VISION_KERNELS_BACKEND`` names what cannot run on this machine."""
+    for operator in OPERATORS.values():
+        operator.forced()
 
 
 def overview() -> str:

@@ -1,0 +1,118 @@
+"""Ctrl-C and SIGTERM."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, SETTING
+from engine import report, run
+from mambavision.errors import Interruption, run_cli
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+
+
+@pytest.fixture
+def handlers():
+    """Keep the signal handlers of the tests' own process."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_training_says_how_to_go_on(number, status, digits, tmp_path):
+    """The signal reaches the loaders' worker processes as well: a terminal, timeout and Slurm signal them all."""
+    words = [*SETTING, "--epochs", "500", "--workers", "2", "--log-interval", "1", "--data-dir", str(digits)]
+    program = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "classification/train.py"), *words],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while "epoch 1 [3/6]" not in (line := program.stdout.readline()):
+        assert line, program.stderr.read()
+    os.killpg(program.pid, number)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == status
+    last_line = errors.splitlines()[-1]
+    assert re.fullmatch(
+        r"interrupted in epoch (1|2); go on with --resume auto \(last complete epoch: (0|1)\)", last_line
+    )
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "complete", "advice"),
+    [
+        ([], None, " in epoch 0; no checkpoint was written yet"),
+        ([], 0, " in epoch 1; go on with --resume auto (last complete epoch: 0)"),
+        (["--no-saver"], 0, " in epoch 1; no checkpoint was written yet"),
+        (["--recovery-interval", "1"], None, " in epoch 0; go on with --resume auto (last complete epoch: none)"),
+    ],
+)
+def test_advice_depends_on_what_was_saved(prepare, monkeypatch, words, complete, advice):
+    small = prepare(*words)
+    backward = small._backward
+
+    def stop(loss, is_step):
+        if small.updates == (3 if complete is None else 6 * complete + 9):
+            raise Interruption(signal.SIGTERM)
+        backward(loss, is_step)
+
+    monkeypatch.setattr(small, "_backward", stop)
+    with pytest.raises(Interruption) as interruption:
+        small.fit()
+    assert interruption.value.advice == advice
+
+
+def test_one_process_speaks_for_all(prepare, monkeypatch):
+    small = prepare()
+
+    def stop(epoch, reporter):
+        raise Interruption(signal.SIGINT)
+
+    monkeypatch.setattr(small, "_run_epoch", stop)
+    monkeypatch.setattr(type(small.process), "is_first", False)
+    with pytest.raises(SystemExit) as end:
+        small.fit()
+    assert end.value.code == 130
+
+
+def test_interruption_while_the_report_is_closed_is_explained(prepare, monkeypatch):
+    """As when a loader's worker notices SIGTERM before the program does."""
+    small, close = prepare(), report.RunReport.close
+    small.folder.mkdir(parents=True)
+    (small.folder / run.LAST).touch()
+
+    def lose_a_worker(epoch, reporter):
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated.")
+
+    def close_and_be_interrupted(reporter):
+        close(reporter)
+        raise Interruption(signal.SIGTERM)
+
+    monkeypatch.setattr(small, "_run_epoch", lose_a_worker)
+    monkeypatch.setattr(report.RunReport, "close", close_and_be_interrupted)
+    with pytest.raises(Interruption) as interruption:
+        small.fit()
+    assert interruption.value.advice == " in epoch 0; go on with --resume auto (last complete epoch: none)"
+
+
+def test_programs_end_with_the_status_of_the_signal(handlers, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_signals_that_are_ignored_stay_ignored(handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup, and background jobs of scripts
+    run_cli(lambda: os.kill(os.getpid(), signal.SIGINT))
