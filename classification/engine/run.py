@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,19 +58,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def folder_of(checkpoint: Path) -> Path | None:
     """Return the folder of the run that wrote a checkpoint, or None if it lies elsewhere now."""
     return checkpoint.parent if (checkpoint.parent / SETTINGS).exists() else None
-
-
-def require_writable(folder: Path, flag: str = "--output") -> None:
-    """Raise an OutputError unless a folder can be created or, if it exists, written to. Leaves nothing behind.
-
-    Only an attempt tells: permissions mean nothing to root, nor to file systems that are read-only or made up.
-    """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
-    except OSError as error:
-        problem = f"{folder}: cannot be written, because of {existing} ({error.strerror})"
-        raise OutputError(f"{problem}; choose another folder with {flag}.") from error
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

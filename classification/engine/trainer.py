@@ -21,7 +21,7 @@ from engine.evaluate import evaluate
 from engine.loaders import Share
 from engine.values import check_values
 from mambavision import resume
-from mambavision.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from mambavision.checkpoint import check_writable, load_weights, read_checkpoint, save_checkpoint
 from mambavision.errors import BAD_DATA, CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 
@@ -55,10 +55,10 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, process: Process, device: torch.device) -> None:
         self.args, self.process, self.device = args, process, device
-        run.require_writable(run.runs_folder(args.output, args.tag))
+        check_writable(run.runs_folder(args.output, args.tag) / run.SETTINGS)
         self.log_dir = Path(f"{args.log_dir.rstrip('/')}_{args.tag}") if args.log_dir else None
         if self.log_dir:
-            run.require_writable(self.log_dir, "--log-dir")
+            check_writable(self.log_dir / run.SETTINGS)
         random_seed(args.seed)  # the same on all processes, so that they build the same model
         if args.deterministic:
             torch.use_deterministic_algorithms(True)
