@@ -149,7 +149,7 @@ def test_initial_weights(train, tmp_path, capsys):
         (["--resume", "nothing.pth.tar"], CheckpointError, r"nothing\.pth\.tar: no such file"),
         (["--output", "file/below"], OutputError, "file/below/exp/args.yaml: cannot be written"),
         (["--output", "/proc/below"], OutputError, "/proc/below/exp/args.yaml: cannot be written"),
-        (["--log-dir", "/proc/below"], OutputError, "/proc/below_exp: cannot be written, .* with --log-dir"),
+        (["--log-dir", "/proc/below"], OutputError, "/proc/below_exp/args.yaml: cannot be written"),
         (["--lr", "-1"], UserError, "--lr -1: must be 0 or more"),
         (["--drop-path", "2"], UserError, "--drop-path 2: must be from 0 to 1"),
         (["--opt-betas", "0.9", "1"], UserError, "--opt-betas 1: must be at least 0 and less than 1"),

@@ -18,8 +18,11 @@ LIBRARY = Path(__file__).with_name("_cpu.so")
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "any processor"}  # best first
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MAX_DIMS = 5
-_VIEW = struct.Struct(f"=Qq{2 * _MAX_DIMS}q")  # View in csrc/cpu/view.h
-_PADDING = tuple((0,) * (_MAX_DIMS - dims) for dims in range(_MAX_DIMS + 1))
+# View in csrc/cpu/view.h, for each number of dimensions; unused sizes and strides are padding.
+_VIEWS = [
+    struct.Struct(f"=Qq{dims}q{8 * (_MAX_DIMS - dims)}x{dims}q{8 * (_MAX_DIMS - dims)}x")
+    for dims in range(_MAX_DIMS + 1)
+]
 
 
 @functools.cache
@@ -67,9 +70,6 @@ def _function(kernel: str, instruction_set: str) -> ctypes._CFuncPtr:
 
 def _converted(argument: Tensor | int | None) -> bytes | ctypes.c_int64 | None:
     if isinstance(argument, Tensor):
-        padding = _PADDING[argument.ndim]
-        # ctypes passes bytes as a pointer to them
-        return _VIEW.pack(
-            argument.data_ptr(), _DTYPES[argument.dtype], *argument.shape, *padding, *argument.stride(), *padding
-        )
+        shape = argument.shape  # ctypes passes bytes as a pointer to them
+        return _VIEWS[len(shape)].pack(argument.data_ptr(), _DTYPES[argument.dtype], *shape, *argument.stride())
     return None if argument is None else ctypes.c_int64(argument)
