@@ -19,8 +19,8 @@ env: $(READY)  ## Create the environment
 demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
 	$(BIN)/python classification/demo.py --config $(DEMO_CONFIG)
 
-test: $(READY) lint  ## Run all tests
-	$(BIN)/python -m pytest
+test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
+	$(BIN)/python -m pytest $(TESTS)
 
 bench: $(READY)  ## Measure the kernels and models on this machine's CPU
 	$(BIN)/python kernels/benchmarks/cpu.py
