@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambavision.errors import run_cli
 from mambavision.factory import create_model
 
-_LAYERS = ("aten.convolution", "aten.mm", "aten.addmm")  # what convolutions and linear layers call
+# What convolutions and linear layers call.
+_LAYERS = ("aten.convolution", "aten.mm", "aten.addmm", "vision_kernels.conv1d_silu")
 _SCANS = "vision_kernels."
 
 
@@ -44,7 +45,7 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Complexity
         model.train(was_training)
     operations = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     layers = sum(operations.get(name, 0) for name in _LAYERS)
-    scans = sum(count for name, count in operations.items() if name.startswith(_SCANS))
+    scans = sum(count for name, count in operations.items() if name.startswith(_SCANS) and name not in _LAYERS)
     return Complexity(
         params=sum(parameter.numel() for parameter in model.parameters()),
         gmacs=layers / 2e9,

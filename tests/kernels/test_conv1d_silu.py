@@ -98,6 +98,12 @@ def test_compiles_into_one_graph(backend):
     compiled(x, weight).sum().backward()
 
 
+def test_operations_are_counted():
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        conv1d_silu(*inputs()).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 7 * 6) * 3
+
+
 def test_wrong_arguments_are_named():
     x, weight = inputs()
     with pytest.raises(ValueError, match=r"weight has shape \(5, 3\), expected \(6, 3\) to go with x \(2, 7, 6\)"):

@@ -1,7 +1,10 @@
 """`conv1d_silu`: argument checks, choice of the implementation, registration."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
@@ -71,3 +74,14 @@ def _backward(ctx, grad_y):
 
 
 register("conv1d_silu", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
+
+
+@register_flop_formula(torch.ops.vision_kernels.conv1d_silu)
+def _(x_shape, weight_shape, *args, **kwargs) -> int:
+    """A multiplication and an addition for each tap, as other convolutions are counted."""
+    return 2 * math.prod(x_shape) * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.vision_kernels.conv1d_silu_backward)
+def _(grad_shape, x_shape, weight_shape, *args, **kwargs) -> int:
+    return 4 * math.prod(x_shape) * weight_shape[1]
