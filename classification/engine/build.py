@@ -134,8 +134,6 @@ def build_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Modul
 
 def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     """Create a model; arguments that it does not take are a UserError."""
-    # The log of downloads has a handler of its own; without this, the programs' would show its lines once more.
-    logging.getLogger("huggingface_hub").propagate = False
     try:
         return create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:

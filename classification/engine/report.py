@@ -38,6 +38,7 @@ def start_logging(is_first: bool) -> None:
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, handlers=[handler], force=True)
     for noisy in ("httpx", "matplotlib", "PIL", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # has a handler of its own: its lines would show twice
 
 
 def _line_format() -> logging.Formatter:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_kernels.selective_scan.reference import compute_dtype
+from vision_kernels.precision import compute_dtype
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:

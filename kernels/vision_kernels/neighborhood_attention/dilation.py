@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vision_kernels.neighborhood_attention.reference import compute_dtype
+from vision_kernels.precision import compute_dtype
 
 
 def _sub_grids(dilation: int, *maps: Tensor) -> Iterator[list[Tensor]]:

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def compute_dtype(query: Tensor) -> torch.dtype:
-    """Attention computes in float32, whatever the inputs are, except that float64 queries stay float64."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+from vision_kernels.precision import compute_dtype
 
 
 def neighbours(size: int, kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:

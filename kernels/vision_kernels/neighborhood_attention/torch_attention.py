@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_kernels.neighborhood_attention.dilation import backward_on_sub_grids, forward_on_sub_grids
-from vision_kernels.neighborhood_attention.reference import compute_dtype, neighbours
+from vision_kernels.neighborhood_attention.reference import neighbours
+from vision_kernels.precision import compute_dtype
 
 _TILE = 8
 # Logits that are handled at a time. Measured best on CPUs; a GPU wants few launches instead.

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_kernels.precision import compute_dtype
+
 
 def selective_scan_reference(
     u: Tensor,
@@ -94,8 +96,3 @@ def selective_scan_reference_backward(
         None if D is None else (g * x).sum((0, 2)).to(D.dtype),
         None if delta_bias is None else grad_raw.sum((0, 2)).to(delta_bias.dtype),
     )
-
-
-def compute_dtype(u: Tensor) -> torch.dtype:
-    """The scan computes in float32, whatever the inputs are, except that float64 inputs stay float64."""
-    return torch.float64 if u.dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_kernels.selective_scan.reference import compute_dtype
+from vision_kernels.precision import compute_dtype
 
 # Elements of one (time, batch, dim, state) buffer. Measured best on CPUs; a GPU wants few launches instead.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}

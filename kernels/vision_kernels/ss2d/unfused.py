@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vision_kernels.cross_scan.routes import ROUTES, cross_scan, merged
-from vision_kernels.selective_scan.reference import compute_dtype
+from vision_kernels.precision import compute_dtype
 
 
 def ss2d_unfused(
