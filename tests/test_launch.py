@@ -98,9 +98,7 @@ def test_unknown_backends_end_programs_before_they_start(program, run_program, t
     name, *words = program.split()
     result = run_program(f"classification/{name}", *words, check=False, VISION_KERNELS_BACKEND="cudaa")
     assert result.returncode == 2
-    assert result.stderr.startswith(
-        "error: VISION_KERNELS_BACKEND: conv1d_silu=cudaa: this operator has the backends"
-    )
+    assert result.stderr.startswith("error: VISION_KERNELS_BACKEND: conv1d_silu=cudaa: this operator has the backends")
     assert not list(tmp_path.iterdir())
 
 
