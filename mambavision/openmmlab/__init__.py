@@ -1,0 +1,14 @@
+"""The adapter to OpenMMLab: importing this package is all that MMDetection, MMSegmentation and MMPretrain need.
+
+In a config: ``custom_imports = dict(imports=["mambavision.openmmlab"])``. It registers the backbones, makes reading
+checkpoints safe and writing them atomic, and stands in for mmcv's compiled operators where they are not installed.
+"""
+
+from mambavision.openmmlab import mmcv_ops
+
+mmcv_ops.install()  # before anything imports mmcv.ops
+
+from mambavision.openmmlab import checkpoints, hooks  # noqa: E402, F401
+from mambavision.openmmlab.backbones import MM_mamba_vision, RegisteredBackbone  # noqa: E402
+
+__all__ = ["MM_mamba_vision", "RegisteredBackbone"]
