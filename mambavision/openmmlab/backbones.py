@@ -185,8 +185,8 @@ def _without_inherited(arguments: dict[str, Any]) -> dict[str, Any]:
     if base is None:
         return arguments
     _logger.warning(
-        "the config inherits a %s backbone without _delete_=True, as the original's do: as there, these arguments have no "
-        "effect: %s; stochastic depth is 0.2, batch norms use batch statistics and nothing is frozen",
+        "the config inherits a %s backbone without _delete_=True, as the original's do: as there, these arguments "
+        "have no effect: %s; stochastic depth is 0.2, batch norms use batch statistics and nothing is frozen",
         base,
         ", ".join(f"{key}={value}" for key, value in arguments.items()),
     )

@@ -20,7 +20,7 @@ torch.serialization.add_safe_globals([HistoryBuffer])
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local file (torch.save or safetensors) onto the CPU; the model's own device takes the weights from there."""
+    """Read a local file (torch.save or safetensors) onto the CPU, from where the model takes it to its device."""
     return read_checkpoint(filename)
 
 

@@ -38,8 +38,8 @@ def _not_available(name: str) -> Callable:
 
     def refuse(*args, **kwargs):
         raise NotImplementedError(
-            f"mmcv's operator {name} is not available: mmcv-lite has no compiled operators, and torchvision stands in for "
-            "nms, soft_nms and roi_align only; use a model that does without it, or install a compiled mmcv 2.1.0."
+            f"mmcv's operator {name} is not available: mmcv-lite has no compiled operators, and torchvision stands in "
+            "for nms, soft_nms and roi_align only; use a model that does without it, or install a compiled mmcv 2.1.0."
         )
 
     return refuse
@@ -131,7 +131,7 @@ def roi_align_forward(
     """
     if pool_mode != 1:
         raise NotImplementedError(
-            "RoIAlign with pool_mode='max' needs mmcv's compiled operators, which are not installed; use pool_mode='avg'."
+            "RoIAlign with pool_mode='max' needs mmcv's compiled operators, which are not installed; use 'avg'."
         )
     size = (aligned_height, aligned_width)
     dtype = _computable(features)

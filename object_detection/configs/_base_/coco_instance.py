@@ -1,4 +1,4 @@
-# COCO 2017 with the multi-scale training of DETR and Sparse R-CNN: half of the images are cropped between two resizings.
+# COCO 2017 with the multi-scale training of DETR and Sparse R-CNN: half of the images are cropped in between.
 _base_ = "mmdet::_base_/datasets/coco_instance.py"
 
 data_root = "{{$COCO_ROOT:data/coco}}"
