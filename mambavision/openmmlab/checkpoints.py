@@ -3,6 +3,7 @@
 mmengine 0.10 loads none of its own training checkpoints with torch 2.6 or newer, and writes files in place.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from mmengine.runner import CheckpointLoader
 
 from mambavision.checkpoint import read_checkpoint, replacing
 
-# Of what mmengine adds to weights and plain settings, all that is needed to read a checkpoint: the logged values.
-torch.serialization.add_safe_globals([HistoryBuffer])
+
+def _statistic(owner: Any, name: str) -> Any:
+    """What ``getattr`` stands for in a checkpoint: pickled logs name the statistics of a HistoryBuffer by it."""
+    if owner is not HistoryBuffer or name not in _STATISTICS:
+        raise pickle.UnpicklingError(f"GLOBAL getattr is refused for {name!r}")
+    return _STATISTICS[name]
+
+
+_STATISTICS = {name: getattr(HistoryBuffer, name) for name in ("min", "max", "current", "mean")}
+
+# All that mmengine adds to weights and plain settings: the logged values.
+torch.serialization.add_safe_globals([HistoryBuffer, (_statistic, "builtins.getattr")])
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)

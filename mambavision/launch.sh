@@ -1,4 +1,4 @@
-# Sourced by train.sh and test.sh: runs a program of this folder on one machine, in a Slurm allocation, or as a Slurm job.
+# Sourced by the train.sh and test.sh of all tasks: runs a program on one machine, in a Slurm allocation, or as a Slurm job.
 #
 # From the environment, all optional:
 #   LAUNCH       local: on this machine; slurm: in the allocation it is started in, else as a job (default: slurm in an

@@ -1,0 +1,178 @@
+"""Configs of OpenMMLab: read, overridden from the command line, and fitted to the machine at hand."""
+
+import contextlib
+import inspect
+import logging
+import re
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine import Config, DictAction
+from mmengine import registry as registries
+from mmengine.config import ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import DefaultScope, Registry
+from mmengine.runner import Runner
+
+import mambavision
+from mambavision.errors import UserError, nearest
+from mambavision.launch import Process
+
+# Keys at the top of a config that mean something, besides the runner's arguments and variables of the config itself.
+_KEYS = {
+    *inspect.signature(Runner).parameters,
+    "auto_scale_lr",
+    "compile",
+    "custom_imports",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "tta_model",
+    "tta_pipeline",
+}
+
+
+def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
+    """Read a config file.
+
+    Args:
+        path: Config in Python's, YAML's or JSON's syntax.
+        options: Settings that override it, as on the command line: ``["optim_wrapper.optimizer.lr=1e-3"]``.
+
+    Raises:
+        UserError: There is no such file, it is no config, or an option names nothing that exists.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = path.parent.glob("*.py") if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such config file.{nearest(path.name, (other.name for other in known))}")
+    try:
+        config = Config.fromfile(path)
+    except (OSError, SyntaxError, NameError, ImportError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a config: {error}.") from error
+    overrides = _parsed(options)
+    for key in overrides:
+        first = key.split(".")[0]
+        if first not in config and first not in _KEYS:
+            raise UserError(f"--cfg-options {key}: the config has no {first!r}.{nearest(first, [*config, *_KEYS])}")
+    try:
+        config.merge_from_dict(overrides)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--cfg-options {' '.join(options)}: {error.args[0]}.") from error
+    return config
+
+
+def _parsed(options: Sequence[str]) -> dict[str, Any]:
+    for option in options:
+        if "=" not in option:
+            raise UserError(f"--cfg-options {option}: expected KEY=VALUE.")
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--options", nargs="+", action=DictAction, default={})
+    return parser.parse_args(["--options", *options]).options if options else {}
+
+
+def fit_to_machine(config: Config, process: Process, device: torch.device) -> None:
+    """Replace what works on several GPUs only: synchronised batch norms, mixed precision, GPU arguments of DDP."""
+    # Joined by mambavision.launch; mmengine only has to know that there are several processes.
+    config.launcher = "pytorch" if process.is_distributed else "none"
+    if not process.is_distributed or device.type == "cpu":
+        count = sum(_replace_sync_bn(found) for found in settings_in(config.model))
+        if count:
+            print_log(f"one process or no GPU: {count} SyncBN settings become BN", "current")
+    if device.type == "cpu":
+        if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+            config.optim_wrapper.type = "OptimWrapper"
+            for key in ("dtype", "loss_scale", "use_fp64"):
+                config.optim_wrapper.pop(key, None)
+            print_log("no GPU: training in float32 instead of mixed precision", "current")
+        unused = config.get("find_unused_parameters", False)
+        wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "find_unused_parameters": unused}
+        config.model_wrapper_cfg = wrapper
+
+
+def _replace_sync_bn(setting: ConfigDict) -> bool:
+    is_sync_bn = setting.get("type") == "SyncBN"
+    if is_sync_bn:
+        setting.type = "BN"
+    return is_sync_bn
+
+
+def forget_pretrained(config: Config) -> None:
+    """Let a model whose weights are all going to be loaded be built without its pretrained ones."""
+    for setting in settings_in(config.model):
+        for key in ("pretrained", "init_cfg"):
+            if setting.get(key) is not None:
+                setting[key] = None
+
+
+def settings_in(config: Any) -> Iterator[ConfigDict]:
+    """Yield every dictionary in a config, outer ones first."""
+    if isinstance(config, ConfigDict):
+        yield config
+    if isinstance(config, dict | list | tuple):
+        for value in config.values() if isinstance(config, dict) else config:
+            yield from settings_in(value)
+
+
+@contextlib.contextmanager
+def explained(source: str | Path) -> Iterator[None]:
+    """Turn what a config's mistakes raise while its parts are built into a UserError; other errors pass.
+
+    Args:
+        source: Names the config in messages.
+    """
+    try:
+        yield
+    except (TypeError, KeyError, ValueError) as error:
+        sentence = _explanation(error)
+        if sentence is None:
+            raise
+        raise UserError(f"{source}: {sentence}") from error
+
+
+def _explanation(error: Exception) -> str | None:
+    message = str(error.args[0]) if error.args else ""
+    if argument := re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message):
+        return f"{argument[1]} has no argument {argument[2]!r}.{nearest(argument[2], _arguments(argument[1]))}"
+    if argument := re.match(r"(\w+)\.__init__\(\) missing \d+ required .*", message):
+        return f"{message}."
+    if kind := re.match(r"(\S+) is not in the (\S+?)::(\S+) registry", message):
+        return f"there is no {kind[1]!r} in {kind[2]}'s registry of {kind[3]}s.{nearest(kind[1], _registered(kind[3]))}"
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    if Path(origin).is_relative_to(Path(mambavision.__file__).parent):  # this package's own sentence
+        return message
+    return None
+
+
+def _registries(name: str | None = None) -> Iterator[Registry]:
+    """Yield mmengine's registries, or the one of a name, with those of the libraries below them."""
+    scope = DefaultScope.get_current_instance()
+    for registry in vars(registries).values():
+        if isinstance(registry, Registry) and name in (None, registry.name):
+            yield registry
+            if scope is not None and scope.scope_name in registry.children:
+                yield registry.children[scope.scope_name]
+
+
+def _registered(name: str) -> Iterable[str]:
+    return [kind for registry in _registries(name) for kind in registry.module_dict]
+
+
+def _arguments(class_name: str) -> list[str]:
+    """Return the arguments of a registered class and of those it derives from."""
+    candidates = [registry.module_dict.get(class_name) for registry in _registries()]
+    found = next((candidate for candidate in candidates if candidate is not None), None)
+    if found is None:
+        return []
+    return [name for base in inspect.getmro(found)[:-1] for name in inspect.signature(base).parameters]
+
+
+def log_to(logger: logging.Logger) -> None:
+    """Send this package's messages where mmengine sends its own."""
+    own = logging.getLogger("mambavision")
+    own.handlers[:] = logger.handlers
+    own.setLevel(logging.INFO)
+    own.propagate = False

@@ -1,0 +1,208 @@
+"""Training and testing with mmengine's runner: what the programs of both OpenMMLab tasks have in common."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine import Config
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch import nn
+
+from mambavision.checkpoint import check_writable, extract_state_dict, read_checkpoint
+from mambavision.errors import CheckpointError, Interruption, UserError
+from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
+from mambavision.openmmlab.config import explained, fit_to_machine, forget_pretrained, load_config, log_to
+from mambavision.resume import newest_valid
+
+DataCheck = Callable[[Config], None]
+
+
+def _options(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, epilog=epilog)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/NAME_OF_CONFIG)")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override")
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm"],
+        help="what started the processes (default: recognised from the environment)",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch
+    return parser
+
+
+def options_of_training(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = _options("Train a model of OpenMMLab, on one CPU or many GPUs.")
+    parser.add_argument("--amp", action="store_true", help="mixed precision, on a GPU")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint (default: the newest readable one of the work dir, if there is one)",
+    )
+    return parser.parse_args(words)
+
+
+def options_of_test(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = _options("Score a checkpoint of a model of OpenMMLab.")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("--eval", nargs="+", metavar="METRIC", help="metrics instead of the config's")
+    parser.add_argument("--out", help="where to write the predictions")
+    parser.add_argument("--tta", action="store_true", help="average over flipped or scaled images")
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument("--show-dir", help="folder for pictures of the predictions, below the work dir's")
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds to show each picture")
+    return parser.parse_args(words)
+
+
+def train(args: argparse.Namespace, check_data: DataCheck) -> None:
+    """Train as a config says.
+
+    Args:
+        args: From `options_of_training`.
+        check_data: Raises a DataError if the data that a config names are not as they should be.
+    """
+    config = _config(args)
+    if args.amp:
+        config.optim_wrapper.type = "AmpOptimWrapper"
+        config.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+            raise UserError(
+                f"--auto-scale-lr: {args.config} does not say for which total batch size its rate is meant."
+            )
+        config.auto_scale_lr.enable = True
+    checkpoint = _to_resume(args, Path(config.work_dir))
+    if checkpoint is not None:
+        path, content = checkpoint
+        config.update(resume=True, load_from=str(path))
+        # mmengine restores the seed too late for the sampler.
+        config.randomness = {**config.get("randomness", {}), "seed": content["meta"]["seed"]}
+        forget_pretrained(config)
+    check_data(config)
+    try:
+        with explained(args.config), _Run(config, args) as runner:
+            if checkpoint is not None:
+                check_weights(runner.model, content, str(path))
+                check_classes(runner.train_loop.dataloader.dataset, content, str(path))
+                del content
+            runner.train()
+    except Interruption as interruption:
+        interruption.advice = f"; go on with --resume (checkpoints are in {config.work_dir})"
+        raise
+
+
+def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Config, argparse.Namespace], None]) -> None:
+    """Score a checkpoint as a config says.
+
+    Args:
+        args: From `options_of_test`.
+        check_data: As for `train`.
+        adapt: Changes a config as the options ``eval``, ``out`` and ``tta`` demand, which differ between tasks.
+    """
+    config = _config(args)
+    content = read_checkpoint(args.checkpoint)
+    forget_pretrained(config)
+    config.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        config.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            config.visualizer.save_dir = args.show_dir
+    check_data(config)
+    adapt(config, args)
+    with explained(args.config), _Run(config, args) as runner:
+        check_classes(runner.test_loop.dataloader.dataset, content, args.checkpoint)
+        check_weights(runner.model, content, args.checkpoint)
+        del content
+        runner.test()
+
+
+def _config(args: argparse.Namespace) -> Config:
+    config = load_config(args.config, args.cfg_options)
+    if args.work_dir or not config.get("work_dir"):
+        config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem))
+    check_writable(Path(config.work_dir, "last_checkpoint"))
+    return config
+
+
+def _to_resume(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    if not args.resume:
+        return None
+    if args.resume != "auto":
+        found = Path(args.resume), read_checkpoint(args.resume)
+    else:
+        found = newest_valid([*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")])
+        if found is None:
+            print_log(f"nothing to go on from in {folder}: training starts from the beginning", "current")
+            return None
+    path, content = found
+    missing = {"meta", "state_dict", "optimizer", "message_hub"} - content.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path}: holds no training to go on with ({', '.join(sorted(missing))} missing); to start from its "
+            f"weights, use --cfg-options load_from={path}."
+        )
+    return found
+
+
+class _Run:
+    """A runner between joining and leaving the group of processes."""
+
+    def __init__(self, config: Config, args: argparse.Namespace) -> None:
+        self.process = _process(args)
+        self.config = config
+
+    def __enter__(self) -> Runner:
+        device = pick_device("", self.process)
+        join(self.process, device)
+        fit_to_machine(self.config, self.process, device)
+        runner = Runner.from_cfg(self.config)
+        log_to(runner.logger)
+        return runner
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            leave(self.process)
+
+
+def _process(args: argparse.Namespace) -> Process:
+    process = this_process()
+    if args.launcher == "none":
+        return Process()
+    if args.launcher not in (None, process.launcher):
+        start = "torchrun" if args.launcher == "pytorch" else "srun with several tasks"
+        raise UserError(f"--launcher {args.launcher}: this process was not started by {start}; leave the option out.")
+    set_rendezvous(process)  # mmengine asks for LOCAL_RANK
+    return process
+
+
+def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError unless a checkpoint holds exactly the weights of a model."""
+    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
+        model = model.module
+    own, theirs = model.state_dict(), extract_state_dict(checkpoint, source=source)
+    missing = [key for key in own if key not in theirs and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in theirs if key not in own]
+    reshaped = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    if any(problems.values()):
+        found = ", ".join(f"{len(keys)} {what} ({keys[0]})" for what, keys in problems.items() if keys)
+        raise CheckpointError(f"{source}: is of another model than the config: {found}.")
+
+
+def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError if a checkpoint was trained for other classes than a data set has."""
+    theirs = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
+    ours = dataset.metainfo.get("classes")
+    if theirs is None or ours is None or tuple(theirs) == tuple(ours):
+        return
+    differing = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), None)
+    where = f"; the first that differs is {differing[0]!r} there and {differing[1]!r} here" if differing else ""
+    raise CheckpointError(
+        f"{source}: was trained for {len(theirs)} classes, and the data have {len(ours)}{where}. Use the config that it "
+        "was trained with, or give the data its classes in its order (metainfo)."
+    )

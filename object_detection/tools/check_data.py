@@ -1,0 +1,2 @@
+def check_datasets(config):
+    pass

@@ -1,0 +1,51 @@
+"""Score a detector with COCO's metrics; see --help for all options."""
+
+import argparse
+
+from check_data import check_datasets
+from mmengine import Config
+
+from mambavision.checkpoint import check_writable
+from mambavision.errors import UserError, nearest, run_cli
+from mambavision.openmmlab.config import settings_in
+from mambavision.openmmlab.run import options_of_test, test
+
+METRICS = ("bbox", "segm", "proposal", "proposal_fast")
+
+
+def adapt(config: Config, args: argparse.Namespace) -> None:
+    """Set the metrics, the file of predictions and test-time augmentation."""
+    for name in args.eval or ():
+        if name not in METRICS:
+            raise UserError(f"--eval {name}: unknown; choose from {', '.join(METRICS)}.{nearest(name, METRICS)}")
+    if args.eval:
+        for evaluator in settings_in(config.test_evaluator):
+            if evaluator.get("type") == "CocoMetric":
+                evaluator.metric = args.eval
+    if args.out:
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise UserError(f"--out {args.out}: predictions are written as a pickle; give a name that ends in .pkl.")
+        check_writable(args.out)
+        metrics = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+        config.test_evaluator = [*metrics, {"type": "DumpDetResults", "out_file_path": args.out}]
+    if args.tta:
+        _augment(config)
+
+
+def _augment(config: Config) -> None:
+    """Merge the detections of each image and its mirror image, unless the config says otherwise."""
+    import instance_tta  # noqa: F401 - registers the model
+
+    nms = {"type": "nms", "iou_threshold": 0.5}
+    config.setdefault("tta_model", {"type": "InstanceTTAModel", "tta_cfg": {"nms": nms, "max_per_img": 100}})
+    *steps, pack = config.test_dataloader.dataset.pipeline
+    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+    views = [[{"type": "RandomFlip", "prob": prob} for prob in (0.0, 1.0)], [{**pack, "meta_keys": keys}]]
+    config.setdefault("tta_pipeline", [*steps, {"type": "TestTimeAug", "transforms": views}])
+    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    config.model = {**config.tta_model, "module": config.model}
+
+
+if __name__ == "__main__":
+    args = options_of_test()
+    run_cli(lambda: test(args, check_datasets, adapt))
