@@ -203,6 +203,6 @@ def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None
     differing = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), None)
     where = f"; the first that differs is {differing[0]!r} there and {differing[1]!r} here" if differing else ""
     raise CheckpointError(
-        f"{source}: was trained for {len(theirs)} classes, and the data have {len(ours)}{where}. Use the config that it "
+        f"{source}: was trained for {len(theirs)} classes, and the data have {len(ours)}{where}. Use the config it "
         "was trained with, or give the data its classes in its order (metainfo)."
     )
