@@ -2,9 +2,9 @@
 
 import argparse
 
-from check_data import check_datasets
 from mmengine import Config
 
+from check_data import check_datasets
 from mambavision.checkpoint import check_writable
 from mambavision.errors import UserError, nearest, run_cli
 from mambavision.openmmlab.config import settings_in
