@@ -133,3 +133,23 @@ def identical(left, right):
 def summary(folder):
     with (folder / "summary.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+# Detection and segmentation
+
+
+@pytest.fixture(scope="session")
+def coco_scenes(tmp_path_factory):
+    """Four pictures of digits to train on and two held out, in COCO's format."""
+    from mambavision.openmmlab.scenes import Options, write_scenes
+
+    root = tmp_path_factory.mktemp("scenes") / "coco"
+    write_scenes(root, "coco", Options(train=4, val=2, side=64, digit_sides=(28, 36), most=2))
+    return root
+
+
+@pytest.fixture
+def detector_config(coco_scenes, monkeypatch):
+    """The config of a small Mask R-CNN on `coco_scenes`."""
+    monkeypatch.setenv("SCENES_ROOT", str(coco_scenes))
+    return ROOT / "tests" / "openmmlab" / "small_detector.py"

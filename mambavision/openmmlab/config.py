@@ -14,7 +14,6 @@ import torch
 from mmengine import Config, DictAction
 from mmengine import registry as registries
 from mmengine.config import ConfigDict
-from mmengine.logging import print_log
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 
@@ -74,23 +73,29 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
     return parser.parse_args(["--options", *options]).options if options else {}
 
 
-def fit_to_machine(config: Config, process: Process, device: torch.device) -> None:
-    """Replace what works on several GPUs only: synchronised batch norms, mixed precision, GPU arguments of DDP."""
+def fit_to_machine(config: Config, process: Process, device: torch.device) -> list[str]:
+    """Replace what works on several GPUs only: synchronised batch norms, mixed precision, GPU arguments of DDP.
+
+    Returns:
+        What was replaced that has a bearing on results, in sentences for the log.
+    """
+    replaced = []
     # Joined by mambavision.launch; mmengine only has to know that there are several processes.
     config.launcher = "pytorch" if process.is_distributed else "none"
     if not process.is_distributed or device.type == "cpu":
         count = sum(_replace_sync_bn(found) for found in settings_in(config.model))
         if count:
-            print_log(f"one process or no GPU: {count} SyncBN settings become BN", "current")
+            replaced.append(f"one process or no GPU: SyncBN becomes BN ({count} settings)")
     if device.type == "cpu":
         if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             config.optim_wrapper.type = "OptimWrapper"
             for key in ("dtype", "loss_scale", "use_fp64"):
                 config.optim_wrapper.pop(key, None)
-            print_log("no GPU: training in float32 instead of mixed precision", "current")
+            replaced.append("no GPU: training in float32 instead of mixed precision")
         unused = config.get("find_unused_parameters", False)
         wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "find_unused_parameters": unused}
         config.model_wrapper_cfg = wrapper
+    return replaced
 
 
 def _replace_sync_bn(setting: ConfigDict) -> bool:

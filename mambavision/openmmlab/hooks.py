@@ -1,6 +1,7 @@
 """Hooks for mmengine's runner."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,12 @@ class SafeCheckpointHook(CheckpointHook):
     mmengine saves no random states. Here every epoch starts from random states that depend on seed, epoch and rank
     alone, so that a run resumed after an epoch continues as if it had not been interrupted.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in self.args:  # mmengine finds out when it saves the first time
+            if name not in inspect.signature(Runner.save_checkpoint).parameters:
+                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.by_epoch:

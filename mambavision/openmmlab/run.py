@@ -72,9 +72,7 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         config.optim_wrapper.setdefault("loss_scale", "dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise UserError(
-                f"--auto-scale-lr: {args.config} does not say for which total batch size its rate is meant."
-            )
+            raise UserError(f"--auto-scale-lr: {args.config} does not say for which batch size its rate is meant.")
         config.auto_scale_lr.enable = True
     checkpoint = _to_resume(args, Path(config.work_dir))
     if checkpoint is not None:
@@ -159,9 +157,11 @@ class _Run:
     def __enter__(self) -> Runner:
         device = pick_device("", self.process)
         join(self.process, device)
-        fit_to_machine(self.config, self.process, device)
+        replaced = fit_to_machine(self.config, self.process, device)
         runner = Runner.from_cfg(self.config)
         log_to(runner.logger)
+        for sentence in replaced:
+            runner.logger.info(sentence)
         return runner
 
     def __exit__(self, kind, error, trace) -> None:

@@ -1,0 +1,259 @@
+"""Training, resuming and scoring a small detector, and everything that can be wrong before."""
+
+import importlib.util
+import json
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from mmengine.visualization import Visualizer
+
+from conftest import ROOT, identical
+from mambavision.checkpoint import read_checkpoint, save_checkpoint
+from mambavision.errors import CheckpointError, OutputError, UserError
+from mambavision.openmmlab import run
+
+TOOLS = ROOT / "object_detection" / "tools"
+CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"
+
+
+def load_tool(name, monkeypatch):
+    """Import a program as it is when it is run: with its folder on the path."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    sys.modules.pop("check_data", None)  # the other task's programs have a module of the same name
+    spec = importlib.util.spec_from_file_location(f"detection_{name}", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(detector_config, monkeypatch, tmp_path):
+    tool = load_tool("train", monkeypatch)
+
+    def start(*words, config=detector_config, work_dir=tmp_path / "run"):
+        args = run.options_of_training([str(config), "--work-dir", str(work_dir), *map(str, words)])
+        run.train(args, tool.check_datasets)
+        return work_dir
+
+    return start
+
+
+@pytest.fixture
+def score(detector_config, monkeypatch, tmp_path):
+    tool = load_tool("test", monkeypatch)
+
+    def start(checkpoint, *words, config=detector_config):
+        work_dir = tmp_path / "scores"
+        args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
+        run.test(args, tool.check_datasets, tool.adapt)
+        (metrics,) = work_dir.glob("*/*.json")
+        shutil.move(metrics, tmp_path / "metrics.json")
+        shutil.rmtree(work_dir)
+        return json.loads((tmp_path / "metrics.json").read_text())
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def trained(coco_scenes, tmp_path_factory):
+    """The folder of a finished training of two epochs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SCENES_ROOT", str(coco_scenes))
+        tool = load_tool("train", monkeypatch)
+        work_dir = tmp_path_factory.mktemp("trained")
+        run.train(run.options_of_training([str(CONFIG), "--work-dir", str(work_dir)]), tool.check_datasets)
+    return work_dir
+
+
+@pytest.fixture(autouse=True)
+def _new_process():
+    """mmengine keeps the first run's visualizer for the process."""
+    Visualizer._instance_dict.clear()
+
+
+def losses(work_dir):
+    (log,) = sorted(work_dir.glob("*/vis_data/scalars.json"))[-1:]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(line["iter"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_training_writes_checkpoints_and_metrics(trained):
+    assert {"epoch_1.pth", "epoch_2.pth", "last_checkpoint", "small_detector.py"} <= {
+        path.name for path in trained.iterdir()
+    }
+    assert [iteration for iteration, _ in losses(trained)] == [1, 2, 3, 4]
+    checkpoint = read_checkpoint(trained / "epoch_2.pth")
+    assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "meta"} <= checkpoint.keys()
+    assert len(checkpoint["meta"]["dataset_meta"]["classes"]) == 10
+    (log,) = trained.glob("*/*.log")
+    text = log.read_text()
+    assert "SyncBN becomes BN (2 settings)" in text
+    assert "training in float32 instead of mixed precision" in text
+    assert "coco/bbox_mAP" in text
+
+
+def test_resumed_training_goes_on_as_if_uninterrupted(trained, train, tmp_path):
+    work_dir = tmp_path / "run"
+    work_dir.mkdir()
+    shutil.copy(trained / "epoch_1.pth", work_dir)
+    (work_dir / "epoch_3.pth").write_bytes(b"PK cut short")  # is passed over
+    # The seed is the checkpoint's, and the pretrained weights are not needed any more.
+    train("--resume", "--cfg-options", "randomness.seed=8", "model.backbone.pretrained=nowhere.pth")
+    assert losses(work_dir) == losses(trained)[2:]
+    ours, theirs = (read_checkpoint(folder / "epoch_2.pth") for folder in (work_dir, trained))
+    assert identical(ours["state_dict"], theirs["state_dict"])
+
+
+def test_resuming_with_nothing_there_starts_anew(train, trained):
+    work_dir = train("--resume", "--cfg-options", "train_cfg.max_epochs=1")
+    assert losses(work_dir) == losses(trained)[:2]
+
+
+def test_scores(score, trained, tmp_path):
+    checkpoint = trained / "epoch_2.pth"
+    metrics = score(checkpoint)
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= metrics.keys()
+    boxes = score(checkpoint, "--eval", "bbox", "--out", tmp_path / "predictions.pkl")
+    assert "coco/segm_mAP" not in boxes
+    assert boxes["coco/bbox_mAP"] == metrics["coco/bbox_mAP"]
+    predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
+    assert [prediction["img_id"] for prediction in predictions] == [0, 1]
+    assert all("bboxes" in prediction["pred_instances"] for prediction in predictions)
+
+
+def test_scores_of_weights_in_safetensors(score, trained, tmp_path):
+    weights = read_checkpoint(trained / "epoch_2.pth")["state_dict"]
+    save_checkpoint(weights, tmp_path / "weights.safetensors")
+    assert score(tmp_path / "weights.safetensors")["coco/bbox_mAP"] == score(trained / "epoch_2.pth")["coco/bbox_mAP"]
+
+
+def test_augmented_scores_have_boxes_and_masks(score, trained):
+    metrics = score(trained / "epoch_2.pth", "--tta")
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= metrics.keys()
+
+
+def test_augmentation_merges_views(monkeypatch):
+    load_tool("test", monkeypatch)
+    from instance_tta import InstanceTTAModel
+    from mmdet.structures import DetDataSample
+    from mmengine.config import ConfigDict
+    from mmengine.structures import InstanceData
+
+    left = torch.zeros(1, 4, 6, dtype=torch.bool)
+    left[:, 1:3, 0:2] = True
+
+    def view(score, label, box, mask, flip):
+        instances = InstanceData(
+            bboxes=torch.tensor([box]), scores=torch.tensor([score]), labels=torch.tensor([label]), masks=mask
+        )
+        info = {"ori_shape": (4, 6), "flip": flip, "flip_direction": "horizontal" if flip else None}
+        return DetDataSample(pred_instances=instances, metainfo=info)
+
+    model = object.__new__(InstanceTTAModel)
+    torch.nn.Module.__init__(model)
+    model.tta_cfg = ConfigDict(nms=ConfigDict(type="nms", iou_threshold=0.5), max_per_img=2)
+    box, mirrored = [0.0, 1.0, 2.0, 3.0], [4.0, 1.0, 6.0, 3.0]
+    same = [view(0.6, 0, box, left, False), view(0.9, 0, mirrored, left.flip(-1), True)]
+    merged = model._merge_single_sample(same).pred_instances
+    assert merged.scores.tolist() == pytest.approx([0.9])
+    assert torch.equal(merged.masks, left)
+    assert merged.bboxes.tolist() == [box]
+    other = [view(0.6, 0, box, left, False), view(0.9, 1, box, left, True)]
+    merged = model._merge_single_sample(other).pred_instances
+    assert merged.labels.tolist() == [1, 0]
+    assert torch.equal(merged.masks, torch.cat([left.flip(-1), left]))
+
+
+# What can be wrong
+
+WRONG_SETTINGS = {
+    "trian_cfg.max_epochs=2": r"the config has no 'trian_cfg'\. Did you mean 'train_cfg'\?",
+    "model.neck.in_channel=3": r"FPN has no argument 'in_channel'\. Did you mean 'in_channels'\?",
+    "model.neck.type=FPNN": r"there is no 'FPNN' in mmdet's registry of models\. Did you mean 'FPN'\?",
+    "model.backbone.drop_pth_rate=0.1": r"no argument 'drop_pth_rate'\. Did you mean 'drop_path_rate'\?",
+    "model.backbone.out_indices=[0,1,2,7]": r"out_indices must be stages 0 to 3",
+    "optim_wrapper.optimizer.lrr=1": r"AdamW has no argument 'lrr'\. Did you mean 'lr'\?",
+    "default_hooks.checkpoint.intervall=1": r"no argument 'intervall'\. Did you mean 'interval'\?",
+    "train_dataloader.dataset.pipeline.0.type=LoadImageFromFil": r"Did you mean 'LoadImageFromFile'\?",
+    "nonsense": r"nonsense: expected KEY=VALUE",
+    "train_dataloader.dataset.pipeline.9.type=Resize": r"--cfg-options",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG_SETTINGS)
+def test_wrong_setting(train, setting):
+    with pytest.raises(UserError, match=WRONG_SETTINGS[setting]):
+        train("--cfg-options", setting)
+
+
+def test_wrong_config(train, detector_config, tmp_path):
+    with pytest.raises(UserError, match=r"small_detectr\.py: no such .* Did you mean 'small_detector\.py'\?"):
+        train(config=detector_config.with_name("small_detectr.py"))
+    for text, complaint in (("model = dict(", "never closed|syntax"), ("_base_ = 'none.py'", "none.py")):
+        (tmp_path / "wrong.py").write_text(text)
+        with pytest.raises(UserError, match=rf"wrong\.py: cannot be read as a config: .*({complaint})"):
+            train(config=tmp_path / "wrong.py")
+
+
+def test_wrong_options(train, score, trained):
+    with pytest.raises(UserError, match=r"--auto-scale-lr: .* does not say for which batch size"):
+        train("--auto-scale-lr", "--cfg-options", "auto_scale_lr={}")
+    with pytest.raises(UserError, match="--launcher pytorch: this process was not started by torchrun"):
+        train("--launcher", "pytorch")
+    with pytest.raises(UserError, match=r"--eval box: unknown; choose from bbox, .*Did you mean 'bbox'"):
+        score(trained / "epoch_2.pth", "--eval", "box")
+    with pytest.raises(UserError, match=r"--out predictions\.json: .* ends in \.pkl"):
+        score(trained / "epoch_2.pth", "--out", "predictions.json")
+
+
+def test_work_dir_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/run/last_checkpoint: cannot be written"):
+        train(work_dir=tmp_path / "file" / "run")
+
+
+def test_wrong_checkpoint(train, score, trained, tmp_path):
+    with pytest.raises(CheckpointError, match=r"epoch_9\.pth: no such file"):
+        train("--resume", trained / "epoch_9.pth")
+    checkpoint = read_checkpoint(trained / "epoch_2.pth")
+    weights = tmp_path / "weights.pth"
+    save_checkpoint({"state_dict": checkpoint["state_dict"]}, weights)
+    with pytest.raises(CheckpointError, match=r"weights\.pth: holds no training to go on with .*load_from="):
+        train("--resume", weights)
+    with pytest.raises(CheckpointError, match=r"is of another model than the config: \d+ of another shape \(neck"):
+        score(weights, "--cfg-options", "model.neck.out_channels=24", "model.rpn_head.in_channels=24")
+    other = tmp_path / "other.pth"
+    save_checkpoint({**checkpoint, "state_dict": {"backbone.conv1.weight": torch.ones(1)}}, other)
+    with pytest.raises(CheckpointError, match=r"other\.pth: is of another model than the config: \d+ missing"):
+        train("--resume", other)
+
+
+def test_checkpoint_of_other_classes(train, score, trained, tmp_path):
+    checkpoint = read_checkpoint(trained / "epoch_1.pth")
+    checkpoint["meta"]["dataset_meta"]["classes"] = ("zero", "two", "one")
+    save_checkpoint(checkpoint, tmp_path / "other.pth")
+    sentence = r"other\.pth: was trained for 3 classes, and the data have 10; .* 'two' there and 'one' here"
+    with pytest.raises(CheckpointError, match=sentence):
+        score(tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=sentence):
+        train("--resume", tmp_path / "other.pth")
+
+
+def test_images_without_objects(train, coco_scenes, tmp_path):
+    """A single one, and batches of nothing else."""
+    root = tmp_path / "scenes"
+    shutil.copytree(coco_scenes, root)
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] == 0]
+    file.write_text(json.dumps(content))
+    keep_empty = "train_dataloader.dataset.filter_cfg.filter_empty_gt=False"
+    work_dir = train(
+        "--cfg-options", f"train_dataloader.dataset.data_root={root}", keep_empty, "train_cfg.max_epochs=1"
+    )
+    values = [loss for _, loss in losses(work_dir)]
+    assert len(values) == 2
+    assert torch.tensor(values).isfinite().all()
