@@ -94,6 +94,21 @@ def scan() -> Iterator[Row]:
         yield compare("scan batch 8, two threads against one", with_threads(2), with_threads(1), 1.7, 1.9)
 
 
+def routes() -> Iterator[Row]:
+    """Cross scan and cross merge at the shape of VMamba-T's first stage, against PyTorch's transpositions and flips."""
+    torch.set_num_threads(1)
+    image = torch.randn(1, 96, 56, 56)
+    sequences = cross_scan(image)
+    calls = {
+        "cross_scan": (lambda: cross_scan(image), (image, "cross")),
+        "cross_merge": (lambda: cross_merge(sequences, 56, 56), (sequences, 56, 56, "cross")),
+    }
+    for name, (ours, arguments) in calls.items():
+        baseline = functools.partial(OPERATORS[name].named("torch").forward, *arguments)
+        require_agreement(name, ours(), baseline(), 0)
+        yield compare(f"{name} (1,96,56,56)", ours, baseline, floor=0, aim=2)  # an aim without a floor
+
+
 def unfused_ss2d(x, x_proj_weight, dt_weight, dt_bias, A, D) -> Tensor:
     """SS2D as the originals compute it without their extension, but faster: time is unbound before the loop."""
     height, width, (rank, state) = *x.shape[2:], (dt_weight.shape[2], A.shape[1])
@@ -216,7 +231,7 @@ def share_of_scan(model: torch.nn.Module, image: Tensor) -> tuple[float, float]:
     return scan_us / 5e3, sum(event.self_cpu_time_total for event in events) / 5e3
 
 
-SECTIONS = {"scan": scan, "ss2d": scan_2d, "attention": attention, "model": model}
+SECTIONS = {"scan": scan, "routes": routes, "ss2d": scan_2d, "attention": attention, "model": model}
 
 
 def main() -> None:

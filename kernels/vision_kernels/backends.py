@@ -37,7 +37,7 @@ class Implementation:
     Attributes:
         backend: Name under which ``VISION_KERNELS_BACKEND`` finds it.
         forward: Computes the outputs from validated inputs.
-        backward: Computes the gradients of all inputs.
+        backward: Computes the gradients of all inputs; None if another operator does.
         summary: What it is, in a few words, for the overview.
         devices: Device types it runs on; empty means every device.
         why_unavailable: Returns the reason it cannot run on this machine together with the remedy, or None if it can.
@@ -46,7 +46,7 @@ class Implementation:
 
     backend: str
     forward: Callable
-    backward: Callable
+    backward: Callable | None
     summary: str
     devices: tuple[str, ...] = ()
     why_unavailable: Callable[[], str | None] = _always_available
@@ -60,13 +60,13 @@ class Implementation:
         return self.why_unavailable() or (self.why_unable(*arguments) if arguments else None)
 
 
-def compiled_for_cpu(forward: Callable, backward: Callable, why_unable: Callable) -> tuple[Implementation, ...]:
+def compiled_for_cpu(forward: Callable, backward: Callable | None, why_unable: Callable) -> tuple[Implementation, ...]:
     """Return an implementation for each instruction set; `forward` and `backward` take its name first."""
     return tuple(
         Implementation(
             instruction_set,
             functools.partial(forward, instruction_set),
-            functools.partial(backward, instruction_set),
+            backward and functools.partial(backward, instruction_set),
             f"C++ for {processors}",
             devices=("cpu",),
             why_unavailable=functools.partial(native.why_unavailable, instruction_set),

@@ -33,11 +33,20 @@ def register(
         apply_backward: Calls `<name>_backward` from what autograd hands over, as for `torch.library.register_autograd`.
         setup_context: Keeps what `apply_backward` needs, as for `torch.library.register_autograd`.
     """
-    _define(name, forward, fake_forward, apply_backward, setup_context)
-    _define(f"{name}_backward", backward, fake_backward, _refuse_second_derivative, None)
+    define(name, forward, fake_forward, apply_backward, setup_context)
+    define(f"{name}_backward", backward, fake_backward, _refuse_second_derivative, None)
 
 
-def _define(name: str, function: Callable, fake: Callable, backward: Callable, setup_context: Callable | None) -> None:
+def define(name: str, function: Callable, fake: Callable, backward: Callable, setup_context: Callable | None) -> None:
+    """Make `torch.ops.vision_kernels.<name>` alone, whose gradient is that of other operators.
+
+    Args:
+        name: Name of the operator.
+        function: As `forward` of `register`.
+        fake: As `fake_forward` of `register`.
+        backward: As `apply_backward` of `register`, calling any operators.
+        setup_context: As for `register`; None if `backward` needs nothing.
+    """
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     qualified = f"vision_kernels::{name}"

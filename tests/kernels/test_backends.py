@@ -69,7 +69,7 @@ def test_each_operator_may_have_its_own_choice(operator, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, "selective_scan=reference")
     assert operator.select("cuda").backend == "gpu"
     monkeypatch.setenv(BACKEND_VARIABLE, "selective_sacn=reference")
-    known = "conv1d_silu, neighborhood_attention, selective_scan, ss2d"
+    known = "conv1d_silu, cross_scan, cross_merge, neighborhood_attention, selective_scan, ss2d"
     with pytest.raises(ValueError, match=f"there is no operator selective_sacn, only {known}"):
         operator.select("cpu")
 

@@ -21,6 +21,12 @@ using AllLanes = Lanes<0, 1, 2, 3>;
 #define VK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
+template <int... Lane>
+VK_INLINE Vec reversed(Vec x, Lanes<Lane...>) {
+    return VK_SHUFFLE(x, x, (kLanes - 1 - Lane)...);
+}
+VK_INLINE Vec reversed(Vec x) { return reversed(x, AllLanes{}); }
+
 // Regard a and b as rows of a matrix, cut into squares of Distance x Distance. These are the two rows that result from
 // exchanging the squares off the diagonal.
 template <int Distance, int... Lane>

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vision_kernels.cross_scan.routes import ROUTES, cross_scan, merged
+from vision_kernels.cross_scan.routes import ROUTES
+from vision_kernels.cross_scan.torch_routes import cross_merge_torch, cross_scan_torch
 from vision_kernels.precision import compute_dtype
 
 
@@ -28,7 +29,7 @@ def ss2d_unfused(
     height, width = x.shape[2:]
     _, sequences = _sequences(x, projections, dt_weight, dt_bias, A, D, routes)
     y = scan(*sequences, True, sequences[0].dtype).unflatten(1, (4, -1))
-    return merged(y, height, width, routes).to(out_dtype)
+    return cross_merge_torch(y, height, width, routes).view(x.shape).to(out_dtype)
 
 
 def ss2d_unfused_backward(
@@ -45,12 +46,12 @@ def ss2d_unfused_backward(
     """Return the gradients of the six tensors from x to D, by the backward function of a selective scan."""
     height, width = x.shape[2:]
     low, sequences = _sequences(x, projections, dt_weight, dt_bias, A, D, routes)
-    grad_sequence = cross_scan(grad_y.to(sequences[0].dtype), routes).flatten(1, 2)
+    grad_sequence = cross_scan_torch(grad_y.to(sequences[0].dtype), routes).flatten(1, 2)
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = scan_backward(grad_sequence, *sequences, True)
     grad_delta = grad_delta.unflatten(1, (4, -1))  # (batch, 4, dim, length)
     grad_low = torch.einsum("bkdl,kdr->bkrl", grad_delta, dt_weight.to(low.dtype))
     grad_projections = _raster_order(torch.cat([grad_low, grad_B, grad_C], dim=2), height, width, routes)
-    grad_x = merged(grad_u.unflatten(1, (4, -1)), height, width, routes)
+    grad_x = cross_merge_torch(grad_u.unflatten(1, (4, -1)), height, width, routes).view(x.shape)
     return (
         grad_x.to(x.dtype),
         grad_projections.permute(0, 3, 1, 2).to(projections.dtype),
@@ -68,7 +69,7 @@ def _sequences(x, projections, dt_weight, dt_bias, A, D, routes) -> tuple[Tensor
     maps = projections.to(dtype).permute(0, 2, 3, 1).unflatten(3, x.shape[2:])  # (batch, 4, rank + 2 states, ...)
     maps = torch.stack([route.scan(each) for route, each in zip(ROUTES[routes], maps.unbind(1), strict=True)], dim=1)
     low, B, C = maps.split([rank, states, states], dim=2)
-    u = cross_scan(x.to(dtype), routes).flatten(1, 2)
+    u = cross_scan_torch(x.to(dtype), routes).flatten(1, 2)
     delta = torch.einsum("bkrl,kdr->bkdl", low, dt_weight.to(dtype)).flatten(1, 2)
     return low, (u, delta, A.to(dtype), B, C, D.to(dtype), dt_bias.to(dtype).flatten())
 
