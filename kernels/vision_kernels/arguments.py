@@ -16,18 +16,18 @@ def check(operator: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, 
         ValueError: A tensor has another shape, is on another device than the first, or is not of a real
             floating-point type. Names the argument and both shapes.
     """
-    first = next(iter(expected))
-    leader = expected[first][0]
+    first, (leader, _) = next(iter(expected.items()))
+    device = leader.device
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != tuple(shape):
+        if tensor.shape != shape:
             raise ValueError(
                 f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} "
                 f"to go with {first} {tuple(leader.shape)}"
             )
-        if tensor.device != leader.device:
-            raise ValueError(f"{operator}: {name} is on {tensor.device}, {first} is on {leader.device}")
+        if tensor.device != device:
+            raise ValueError(f"{operator}: {name} is on {tensor.device}, {first} is on {device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{operator}: {name} must be a real floating-point tensor, got {tensor.dtype}")
 

@@ -83,6 +83,7 @@ class Operator:
     name: str
     implementations: tuple[Implementation, ...]
     _announced: set[tuple[str, str]] = field(default_factory=set, repr=False)
+    _available: dict[str, tuple[Implementation, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         OPERATORS[self.name] = self
@@ -134,9 +135,17 @@ class Operator:
             raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={backend}: {reason}")
         return chosen
 
+    def _available_on(self, device_type: str) -> tuple[Implementation, ...]:
+        # Asked in every call; what a machine has does not change.
+        if device_type not in self._available:
+            self._available[device_type] = tuple(
+                each for each in self.implementations if each.runs_on(device_type) and each.why_unavailable() is None
+            )
+        return self._available[device_type]
+
     def _preferred(self, device_type: str, arguments: tuple) -> Implementation:
-        for each in self.implementations:
-            if each.runs_on(device_type) and each.why_not(arguments) is None:
+        for each in self._available_on(device_type):
+            if not arguments or each.why_unable(*arguments) is None:
                 return each
         raise ValueError(f"{self.name}: no implementation runs on device {device_type!r}")
 

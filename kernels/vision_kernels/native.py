@@ -53,8 +53,9 @@ def why_unavailable(instruction_set: str) -> str | None:
 
 def why_not_float32(*arguments: object) -> str | None:
     """Return why kernels that compute in float32 cannot take these arguments of an operator, or None if they can."""
-    if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in arguments):
-        return "computes in float32, and an input is float64"
+    for each in arguments:
+        if isinstance(each, Tensor) and each.dtype == torch.float64:
+            return "computes in float32, and an input is float64"
     return None
 
 

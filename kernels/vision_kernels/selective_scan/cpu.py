@@ -15,7 +15,8 @@ def selective_scan_cpu(
 ) -> Tensor:
     """Return y with the shape of u. Shapes as in the operator."""
     inputs = _inputs(u, delta, A, B, C, D, delta_bias, channels_last)
-    y = u.new_empty(u.shape, dtype=out_dtype if out_dtype == torch.bfloat16 else torch.float32)
+    dtype = out_dtype if out_dtype == torch.bfloat16 else torch.float32
+    y = torch.empty_like(u, dtype=dtype, memory_format=torch.contiguous_format)
     native.call("selective_scan_forward", instruction_set, *inputs, delta_softplus, channels_last, y)
     return y.to(out_dtype)
 
