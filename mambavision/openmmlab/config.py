@@ -74,7 +74,7 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
 
 
 def fit_to_machine(config: Config, process: Process, device: torch.device) -> list[str]:
-    """Replace what works on several GPUs only: synchronised batch norms, mixed precision, GPU arguments of DDP.
+    """Replace what works on GPUs only: synchronised batch norms, mixed precision, arguments of DDP.
 
     Returns:
         What was replaced that has a bearing on results, in sentences for the log.
@@ -82,11 +82,12 @@ def fit_to_machine(config: Config, process: Process, device: torch.device) -> li
     replaced = []
     # Joined by mambavision.launch; mmengine only has to know that there are several processes.
     config.launcher = "pytorch" if process.is_distributed else "none"
-    if not process.is_distributed or device.type == "cpu":
-        count = sum(_replace_sync_bn(found) for found in settings_in(config.model))
-        if count:
-            replaced.append(f"one process or no GPU: SyncBN becomes BN ({count} settings)")
     if device.type == "cpu":
+        if process.is_distributed:  # a single process is mmengine's affair
+            for setting in settings_in(config.model):
+                if setting.get("type") == "SyncBN":
+                    setting.type = "BN"
+                    replaced.append("no GPU: batch norms are not synchronised")
         if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             config.optim_wrapper.type = "OptimWrapper"
             for key in ("dtype", "loss_scale", "use_fp64"):
@@ -96,13 +97,6 @@ def fit_to_machine(config: Config, process: Process, device: torch.device) -> li
         wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "find_unused_parameters": unused}
         config.model_wrapper_cfg = wrapper
     return replaced
-
-
-def _replace_sync_bn(setting: ConfigDict) -> bool:
-    is_sync_bn = setting.get("type") == "SyncBN"
-    if is_sync_bn:
-        setting.type = "BN"
-    return is_sync_bn
 
 
 def forget_pretrained(config: Config) -> None:

@@ -160,7 +160,7 @@ class _Run:
         replaced = fit_to_machine(self.config, self.process, device)
         runner = Runner.from_cfg(self.config)
         log_to(runner.logger)
-        for sentence in replaced:
+        for sentence in dict.fromkeys(replaced):
             runner.logger.info(sentence)
         return runner
 

@@ -1,5 +1,8 @@
 """torchvision in the place of mmcv's compiled operators, against cases computed by hand."""
 
+import mambavision.openmmlab  # noqa: F401 - before mmcv.ops
+
+# isort: split
 import math
 import sys
 
