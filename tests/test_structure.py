@@ -27,7 +27,7 @@ PROGRAMS = {
 MAY_IMPORT = {
     "kernels/vision_kernels": {"torch", "triton"},
     "kernels/benchmarks": {"vision_kernels", "mambavision", "torch", "timm", "compare"},
-    "mambavision/openmmlab": {"vision_kernels", "torch", "torchvision", "timm", "numpy"} | OPENMMLAB,
+    "mambavision/openmmlab": {"vision_kernels", "torch", "torchvision", "timm", "numpy", "sklearn"} | OPENMMLAB,
     "mambavision": {"vision_kernels", "torch", "timm", "numpy", "safetensors", "huggingface_hub"},
     "classification": PROGRAMS | {"engine", "wandb", "sklearn"},
     "object_detection": PROGRAMS | OPENMMLAB,
@@ -64,13 +64,14 @@ def test_dependencies_point_one_way(path):
         assert path in ("hubconf.py", "setup.py")
         return
     own = {"vision_kernels" if folder == "kernels/vision_kernels" else folder.split("/")[0]}
+    own |= {file.stem for file in (ROOT / path).parent.glob("*.py")}  # programs that lie side by side
     foreign = set(imports(path)) - set(sys.stdlib_module_names) - MAY_IMPORT[folder] - own
     assert not foreign, f"{path} imports {foreign}"
 
 
 @pytest.mark.parametrize("path", SOURCES)
 def test_optional_packages_are_imported_where_they_are_used(path):
-    if not path.startswith("mambavision/openmmlab/"):
+    if not path.startswith("mambavision/openmmlab/") and "/tools/" not in path:
         assert not set(imports(path, top_level_only=True)) & OPTIONAL
 
 
