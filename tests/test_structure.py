@@ -27,7 +27,18 @@ PROGRAMS = {
 MAY_IMPORT = {
     "kernels/vision_kernels": {"torch", "triton"},
     "kernels/benchmarks": {"vision_kernels", "mambavision", "torch", "timm", "compare"},
-    "mambavision/openmmlab": {"vision_kernels", "torch", "torchvision", "timm", "numpy", "sklearn"} | OPENMMLAB,
+    "mambavision/openmmlab": {
+        "vision_kernels",
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "sklearn",
+        "rich",
+        "cv2",
+        "PIL",
+    }
+    | OPENMMLAB,
     "mambavision": {"vision_kernels", "torch", "timm", "numpy", "safetensors", "huggingface_hub"},
     "classification": PROGRAMS | {"engine", "wandb", "sklearn"},
     "object_detection": PROGRAMS | OPENMMLAB,

@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 import traceback
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from mmengine.runner import Runner
 import mambavision
 from mambavision.errors import UserError, nearest
 from mambavision.launch import Process
+
+# mmengine 0.10 finds bases like mmdet::... with it, and says so on each.
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 
 # Keys at the top of a config that mean something, besides the runner's arguments and variables of the config itself.
 _KEYS = {

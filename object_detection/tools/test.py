@@ -4,13 +4,17 @@ import argparse
 
 from mmengine import Config
 
-from check_data import check_datasets
 from mambavision.checkpoint import check_writable
 from mambavision.errors import UserError, nearest, run_cli
+from mambavision.openmmlab.coco import check_datasets
 from mambavision.openmmlab.config import settings_in
 from mambavision.openmmlab.run import options_of_test, test
 
 METRICS = ("bbox", "segm", "proposal", "proposal_fast")
+
+
+def check_test_data(config: Config) -> None:
+    check_datasets(config, ("test",))
 
 
 def adapt(config: Config, args: argparse.Namespace) -> None:
@@ -48,4 +52,4 @@ def _augment(config: Config) -> None:
 
 if __name__ == "__main__":
     args = options_of_test()
-    run_cli(lambda: test(args, check_datasets, adapt))
+    run_cli(lambda: test(args, check_test_data, adapt))

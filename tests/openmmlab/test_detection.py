@@ -4,7 +4,6 @@ import importlib.util
 import json
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"
 def load_tool(name, monkeypatch):
     """Import a program as it is when it is run: with its folder on the path."""
     monkeypatch.syspath_prepend(str(TOOLS))
-    sys.modules.pop("check_data", None)  # the other task's programs have a module of the same name
     spec = importlib.util.spec_from_file_location(f"detection_{name}", TOOLS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,7 +54,7 @@ def score(detector_config, monkeypatch, tmp_path):
         work_dir = tmp_path / "scores"
         args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
         forget_last_run()
-        run.test(args, tool.check_datasets, tool.adapt)
+        run.test(args, tool.check_test_data, tool.adapt)
         (metrics,) = work_dir.glob("*/*.json")
         shutil.move(metrics, tmp_path / "metrics.json")
         shutil.rmtree(work_dir)

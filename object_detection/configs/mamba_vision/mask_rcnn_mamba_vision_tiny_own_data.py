@@ -1,4 +1,4 @@
-# Your own data in COCO's format: put its classes, in any order, and its files here.
+# Your own data in COCO's format: name its files here, and its classes in the order of the annotations' categories.
 _base_ = "./mask_rcnn_mamba_vision_tiny_1x_coco.py"
 
 classes = ("cat", "dog")
