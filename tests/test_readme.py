@@ -1,10 +1,12 @@
 """The README's commands and Python lines: cheap ones are run, the others are parsed by the programs' own parsers."""
 
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +19,29 @@ from mambavision.complexity import complexity
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-PARSERS = {
+
+
+def commands():
+    """Return every command with the folder that it is to be run in."""
+    folder, found = ".", []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("cd "):
+                folder = line.removeprefix("cd ")
+            found.append((folder, line))
+    return found
+
+
+def tool(folder, name):
+    """Import a program of an OpenMMLab task."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CLASSIFICATION = {
     "train.py": train_options,
     "validate.py": validate_options,
     "predict.py": predict_options,
@@ -29,24 +51,37 @@ PARSERS = {
 }
 
 
-def without_launcher(words):
-    """Drop variables, srun, torchrun and their options from the front of a command."""
-    start = next((index for index, word in enumerate(words) if word in PARSERS), None)
-    return words if start is None else words[start:]
+def parse_openmmlab(folder, program, words):
+    """Parse the words of a command with its program's own parser, and build what its config says."""
+    from mambavision.openmmlab.config import load_config
+    from mambavision.openmmlab.run import options_of_test, options_of_training
+
+    name = Path(program).stem
+    options = {"train": options_of_training, "test": options_of_test}.get(name)
+    args = options(words) if options else tool(folder, name).options(words)
+    assert (ROOT / folder / program).is_file()
+    if "config" in args:
+        load_config(args.config, args.cfg_options)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, monkeypatch, tmp_path):
-    words = without_launcher(shlex.split(command))
-    monkeypatch.chdir(ROOT / "classification" if words[0] in PARSERS else ROOT)
-    if words[0] in PARSERS:
-        args = PARSERS[words[0]](words[1:])
+@pytest.mark.parametrize(("folder", "command"), commands())
+def test_command(folder, command, monkeypatch, tmp_path):
+    words = shlex.split(command)
+    # Variables, srun, torchrun and their options may stand in front.
+    start = next((index for index, word in enumerate(words) if word in CLASSIFICATION or "tools/" in word), 0)
+    program = words[start]
+    monkeypatch.chdir(ROOT / folder)
+    if folder == "classification" and program in CLASSIFICATION:
+        args = CLASSIFICATION[program](words[start + 1 :])
         names = args.model if isinstance(args.model, list) else [args.model or "mamba_vision_T"]
         for name in names:
             assert mambavision.list_models(name) or mambavision.factory.check_model_name(name) is None
-        assert (ROOT / "classification" / words[0]).is_file()
+        assert (ROOT / folder / program).is_file()
+    elif "tools/" in program:
+        parse_openmmlab(folder, program, words[start + 1 :])
     elif words[0] == "make":
-        subprocess.run(["make", "--dry-run", "VENV=" + str(tmp_path), *words[1:]], check=True, capture_output=True)
+        command = ["make", "--dry-run", "VENV=" + str(tmp_path), *words[1:]]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     elif words[:2] == ["pip", "install"]:
         assert (ROOT / words[-1]).is_file()
     elif words[0] == "source":
