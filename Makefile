@@ -9,15 +9,18 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 
-.PHONY: help env demo test bench lint format clean
+.PHONY: help env demo demo-detection test bench lint format clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
 env: $(READY)  ## Create the environment
 
 demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
 	$(BIN)/python classification/demo.py --config $(DEMO_CONFIG)
+
+demo-detection: $(READY)  ## Train, score and predict digits on photographs with Mask R-CNN, on the CPU
+	$(BIN)/python object_detection/demo.py
 
 test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 	$(BIN)/python -m pytest $(TESTS)

@@ -5,6 +5,7 @@ from Flickr, china.jpg by danielbuechele and flower.jpg by vultilion (CC BY 2.0)
 neither a scan nor a part of a photograph that is trained on.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from mambavision.checkpoint import replacing
 from mambavision.errors import OutputError
 
 Layout = Literal["coco", "ade20k"]
-CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CLASSES = tuple("0123456789")
 SPLITS = {"train": "training", "val": "validation"}  # COCO's words and ADE20K's
 
 _MARKER = "scenes.json"
@@ -48,7 +49,7 @@ class Options:
     train: int = 1200
     val: int = 300
     side: int = 160
-    digit_sides: tuple[int, int] = (28, 64)
+    digit_sides: tuple[int, int] = (36, 72)
     most: int = 4
     angle: float = 20
     seed: int = 0
@@ -79,7 +80,8 @@ def write_scenes(root: str | Path, layout: Layout, options: Options | None = Non
     """Write a data set to a folder of its own, unless it is there already.
 
     Args:
-        root: The folder. A set that was written there with other options, or not completely, is replaced.
+        root: The folder. A set that was written there with other options, by another version of this module, or not
+            completely, is replaced.
         layout: "coco" for ``{train,val}/*.jpg`` and ``annotations/instances_{train,val}.json`` with masks as run
             lengths; "ade20k" for ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png``
             with 1 for the background and 2 to 11 for the digits: 0, which nothing here is, is what to ignore.
@@ -90,7 +92,8 @@ def write_scenes(root: str | Path, layout: Layout, options: Options | None = Non
     """
     root, options = Path(root), options or Options()
     marker = root / _MARKER
-    wanted = {"layout": layout, **asdict(options), "digit_sides": list(options.digit_sides)}
+    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    wanted = {"layout": layout, **asdict(options), "digit_sides": list(options.digit_sides), "program": program}
     if marker.is_file():
         if json.loads(marker.read_text()) == {**wanted, "complete": True}:
             return False
