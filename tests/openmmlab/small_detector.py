@@ -34,7 +34,7 @@ scale = dict(type="Resize", scale=(64, 64), keep_ratio=True)
 metas = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 data = dict(
     data_root=data_root,
-    metainfo=dict(classes=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]),
+    metainfo=dict(classes=tuple("0123456789")),
 )
 train_dataloader = dict(
     num_workers=0,

@@ -232,9 +232,9 @@ def test_wrong_checkpoint(train, score, trained, tmp_path):
 
 def test_checkpoint_of_other_classes(train, score, trained, tmp_path):
     checkpoint = read_checkpoint(trained / "epoch_1.pth")
-    checkpoint["meta"]["dataset_meta"]["classes"] = ("zero", "two", "one")
+    checkpoint["meta"]["dataset_meta"]["classes"] = ("0", "2", "1")
     save_checkpoint(checkpoint, tmp_path / "other.pth")
-    sentence = r"other\.pth: was trained for 3 classes, and the data have 10; .* 'two' there and 'one' here"
+    sentence = r"other\.pth: was trained for 3 classes, and the data have 10; .* '2' there and '1' here"
     with pytest.raises(CheckpointError, match=sentence):
         score(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=sentence):
