@@ -23,7 +23,7 @@ def demo(monkeypatch, tmp_path):
     def start(config=RECIPE, completes=True):
         commands = []
 
-        def pretend(name, *words, quiet=False):
+        def pretend(name, *words, **options):
             commands.append([name, *map(str, words)])
             words = commands[0]
             folder = tmp_path / "runs" / words[words.index("--experiment") + 1]
@@ -35,10 +35,10 @@ def demo(monkeypatch, tmp_path):
                 (folder / program.RESULTS).write_text(json.dumps({"top1": 99.0}))
             return 1.0
 
-        monkeypatch.setattr(program, "_run", pretend)
-        monkeypatch.setattr(program.time, "strftime", lambda pattern: f"start-{next(starts)}")
+        monkeypatch.setattr(program, "run_program", pretend)
+        monkeypatch.setattr("time.strftime", lambda pattern: f"start-{next(starts)}")
         monkeypatch.setattr(program, "write_digits", lambda root: None)
-        monkeypatch.setattr(program.signal, "signal", lambda *_: None)
+        monkeypatch.setattr("signal.signal", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["demo.py", "--config", str(config), "--out", str(tmp_path)])
         monkeypatch.chdir(ROOT / "classification")
         if completes:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "PIL",
     }
     | OPENMMLAB,
-    "mambavision": {"vision_kernels", "torch", "timm", "numpy", "safetensors", "huggingface_hub"},
+    "mambavision": {"vision_kernels", "torch", "timm", "numpy", "safetensors", "huggingface_hub", "rich"},
     "classification": PROGRAMS | {"engine", "wandb", "sklearn"},
     "object_detection": PROGRAMS | OPENMMLAB,
     "semantic_segmentation": PROGRAMS | OPENMMLAB,
