@@ -13,6 +13,11 @@ from mmengine.runner import Runner, set_random_seed
 from mambavision.openmmlab.checkpoints import AtomicLocalBackend
 
 
+def set_random_states(runner: Runner, step: int) -> None:
+    """Set random states that depend on the run's seed, an epoch or iteration, and the process's rank alone."""
+    set_random_seed((runner.seed + step * 1_000_003 + get_rank() * 7919) % 2**32)
+
+
 class _DeletesNothing(AtomicLocalBackend):
     """Keeps the paths that were to be deleted."""
 
@@ -40,7 +45,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.by_epoch:
-            set_random_seed((runner.seed + runner.epoch * 1_000_003 + get_rank() * 7919) % 2**32)
+            set_random_states(runner, runner.epoch)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         with self._deleting_afterwards():

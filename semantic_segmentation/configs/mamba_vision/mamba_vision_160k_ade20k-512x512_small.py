@@ -1,0 +1,17 @@
+_base_ = [
+    "mmseg::_base_/models/upernet_swin.py",
+    "../_base_/mamba_vision.py",
+    "../_base_/ade20k.py",
+    "../_base_/schedule_160k.py",
+    "../_base_/runtime.py",
+]
+
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(_delete_=True, **_base_.mamba_vision.small),
+    decode_head=dict(in_channels=[96, 192, 384, 768], num_classes=150),
+    auxiliary_head=dict(in_channels=384, num_classes=150),
+)
+
+train_dataloader = dict(batch_size=2)  # for 8 GPUs
+optim_wrapper = dict(optimizer=dict(lr=6e-5))

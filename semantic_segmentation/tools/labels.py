@@ -1,0 +1,85 @@
+"""Masks of class numbers: reading them, and what is wrong with those that cannot be trained on."""
+
+from typing import Any
+
+import numpy as np
+from mmengine import Config
+from mmengine.config import ConfigDict
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+
+from mambavision.errors import DataError
+from mambavision.openmmlab.config import settings_in
+
+
+def number_of_classes(config: Config) -> tuple[int, int]:
+    """Return how many classes a config's model knows, and the label that means none of them."""
+    heads = config.model.decode_head
+    head = heads[-1] if isinstance(heads, list) else heads
+    return head.num_classes, head.get("ignore_index", 255)
+
+
+def problem_of(
+    labels: np.ndarray, image_shape: tuple[int, int] | None, num_classes: int, ignored: int, is_reduced: bool
+) -> str:
+    """Return what is wrong with a mask, or an empty string.
+
+    Args:
+        labels: (H, W) class numbers as for training.
+        image_shape: Height and width of its image in pixels, if known.
+        num_classes: Least number that is no class.
+        ignored: Label of pixels that are of no class.
+        is_reduced: The numbers are one less than in the file, where 0 is for pixels of no class.
+    """
+    if labels.ndim != 2:
+        return f"has {labels.shape[-1]} channels, and a mask has one, the number of the class of each pixel"
+    if image_shape is not None and labels.shape != tuple(image_shape[:2]):
+        (height, width), (image_height, image_width) = labels.shape, image_shape[:2]
+        return f"has {width} x {height} pixels, and its image {image_width} x {image_height}"
+    unknown = [label for label in np.unique(labels).tolist() if label >= num_classes and label != ignored]
+    if unknown:
+        some = ", ".join(str(label + is_reduced) for label in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        known = f"1 to {num_classes}, and 0 and 255" if is_reduced else f"0 to {num_classes - 1}, and {ignored}"
+        return f"has pixels of label {some}, and the classes are {known} for none"
+    return ""
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedAnnotations(LoadAnnotations):
+    """MMSegmentation's step, but a mask that cannot be used is named, where a GPU would report a failed assertion.
+
+    Args:
+        num_classes: As for `problem_of`.
+        ignored: As for `problem_of`.
+        others: Arguments of ``LoadAnnotations``.
+    """
+
+    def __init__(self, num_classes: int, ignored: int, **others: Any) -> None:
+        super().__init__(**others)
+        self._num_classes, self._ignored = num_classes, ignored
+
+    def _load_seg_map(self, results: dict[str, Any]) -> None:
+        try:
+            super()._load_seg_map(results)
+        except OSError as error:
+            raise DataError(f"{results['seg_map_path']}: cannot be read as a mask ({error}).") from error
+        shape, known = results.get("ori_shape"), (self._num_classes, self._ignored)
+        problem = problem_of(results["gt_seg_map"], shape, *known, bool(self.reduce_zero_label))
+        if problem:
+            raise DataError(f"{results['seg_map_path']}: {problem}.")
+
+
+def name_wrong_labels(config: Config) -> None:
+    """Let the data loaders of a config check every mask that they load."""
+    num_classes, ignored = number_of_classes(config)
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader", "tta_pipeline"):
+        for setting in settings_in(config.get(key)):
+            if setting.get("type") == "LoadAnnotations":
+                setting.update(type="LoadCheckedAnnotations", num_classes=num_classes, ignored=ignored)
+
+
+def loader_of(dataset: ConfigDict) -> LoadAnnotations:
+    """Return the step that loads masks as the data set's pipeline does."""
+    steps = [step for step in settings_in(dataset.get("pipeline", [])) if step.get("type") == "LoadAnnotations"]
+    options = {key: value for key, value in (steps[0] if steps else {}).items() if key not in ("type", "_scope_")}
+    return LoadAnnotations(**options)

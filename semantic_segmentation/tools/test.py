@@ -1,0 +1,45 @@
+"""Score a segmentation model by intersection over union; see --help for all options."""
+
+import argparse
+
+from mmengine import Config
+
+from check_data import check_datasets
+from mambavision.checkpoint import check_writable
+from mambavision.errors import UserError, nearest, run_cli
+from mambavision.openmmlab.config import settings_in
+from mambavision.openmmlab.run import options_of_test, test
+
+METRICS = ("mIoU", "mDice", "mFscore")
+
+
+def check(config: Config) -> None:
+    """Check the data that are scored on."""
+    from labels import name_wrong_labels
+
+    check_datasets(config, ("test",))
+    name_wrong_labels(config)
+
+
+def adapt(config: Config, args: argparse.Namespace) -> None:
+    """Set the metrics, the folder of predicted masks, multi-scale testing, and that every picture is drawn."""
+    for name in args.eval or ():
+        if name not in METRICS:
+            raise UserError(f"--eval {name}: unknown; choose from {', '.join(METRICS)}.{nearest(name, METRICS)}")
+    for evaluator in settings_in(config.test_evaluator):
+        if evaluator.get("type") == "IoUMetric":
+            evaluator.update({"iou_metrics": args.eval} if args.eval else {})
+            evaluator.update({"output_dir": args.out} if args.out else {})
+    if args.out:
+        check_writable(f"{args.out}/mask.png")
+    if args.tta:
+        if "tta_pipeline" not in config:
+            raise UserError(f"--tta: {args.config} has no tta_pipeline, which says how images are varied.")
+        config.test_dataloader.dataset.pipeline = config.tta_pipeline
+        config.model = {**config.get("tta_model", {"type": "SegTTAModel"}), "module": config.model}
+    config.default_hooks.visualization.interval = 1
+
+
+if __name__ == "__main__":
+    args = options_of_test()
+    run_cli(lambda: test(args, check, adapt))

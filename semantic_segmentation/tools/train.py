@@ -1,0 +1,31 @@
+"""Train a segmentation model, on one CPU or many GPUs; see README.md for configs and --help for all options."""
+
+import torch
+from mmengine import Config
+from mmengine.logging import print_log
+
+from check_data import check_datasets
+from mambavision.errors import run_cli
+from mambavision.launch import this_process
+from mambavision.openmmlab.config import settings_in
+from mambavision.openmmlab.run import options_of_training, train
+
+
+def prepare(config: Config) -> None:
+    """Check the data, and fit to one process what is meant for many."""
+    from labels import name_wrong_labels
+
+    check_datasets(config)
+    name_wrong_labels(config)
+    pools = any(setting.get("type") in ("UPerHead", "PSPHead") for setting in settings_in(config.model))
+    is_synchronised = this_process().is_distributed and torch.cuda.is_available()
+    if pools and config.train_dataloader.batch_size == 1 and not is_synchronised:
+        config.train_dataloader.batch_size = 2
+        print_log(
+            "one process or no GPU: batches of 2 images instead of 1, for the batch norms of pooled maps", "current"
+        )
+
+
+if __name__ == "__main__":
+    args = options_of_training()
+    run_cli(lambda: train(args, prepare))
