@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 
-.PHONY: help env demo demo-detection test bench lint format clean
+.PHONY: help env demo demo-detection demo-segmentation test bench lint format clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 19
 
 env: $(READY)  ## Create the environment
 
@@ -21,6 +21,9 @@ demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
 
 demo-detection: $(READY)  ## Train, score and predict digits on photographs with Mask R-CNN, on the CPU
 	$(BIN)/python object_detection/demo.py
+
+demo-segmentation: $(READY)  ## Train, score and predict digits on photographs with UPerNet, on the CPU
+	$(BIN)/python semantic_segmentation/demo.py
 
 test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 	$(BIN)/python -m pytest $(TESTS)

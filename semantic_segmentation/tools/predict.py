@@ -50,13 +50,14 @@ def predict(args: argparse.Namespace) -> None:
     """Segment all inputs and write what was found to --out."""
     import logging
 
+    from overlay import Overlay
+
     from mambavision.checkpoint import check_writable, read_checkpoint
     from mambavision.launch import pick_device, this_process
     from mambavision.openmmlab.config import load_config
     from mambavision.openmmlab.inputs import find_sources, read_frames
     from mambavision.openmmlab.pictures import Pictures
     from mambavision.openmmlab.reporting import progress, start_logging
-    from overlay import Overlay
 
     start_logging()
     device = pick_device(args.device, this_process())
@@ -137,6 +138,7 @@ def _classes(config: "Config", checkpoint: dict[str, Any], path: str) -> tuple[l
     """Return names and colours: those the checkpoint was trained with or, where it keeps none, the config's."""
     from check_data import build_dataset
     from labels import number_of_classes
+
     from mambavision.errors import CheckpointError
 
     kept = checkpoint.get("meta", {}).get("dataset_meta") or {}

@@ -2,9 +2,9 @@
 
 import argparse
 
+from check_data import check_datasets
 from mmengine import Config
 
-from check_data import check_datasets
 from mambavision.checkpoint import check_writable
 from mambavision.errors import UserError, nearest, run_cli
 from mambavision.openmmlab.config import settings_in
@@ -37,7 +37,9 @@ def adapt(config: Config, args: argparse.Namespace) -> None:
             raise UserError(f"--tta: {args.config} has no tta_pipeline, which says how images are varied.")
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = {**config.get("tta_model", {"type": "SegTTAModel"}), "module": config.model}
-    config.default_hooks.visualization.interval = 1
+    for hook in settings_in(config.default_hooks):
+        if hook.get("type") == "SegVisualizationHook":
+            hook.interval = 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Train a segmentation model, on one CPU or many GPUs; see README.md for configs and --help for all options."""
 
 import torch
+from check_data import check_datasets
 from mmengine import Config
 from mmengine.logging import print_log
 
-from check_data import check_datasets
 from mambavision.errors import run_cli
 from mambavision.launch import this_process
 from mambavision.openmmlab.config import settings_in
