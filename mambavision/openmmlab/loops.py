@@ -17,10 +17,12 @@ from mambavision.openmmlab.hooks import set_random_states
 class ResumableIterLoop(IterBasedTrainLoop):
     """mmengine's loop over iterations, but a resumed run continues as if it had not been interrupted, and at once.
 
-    mmengine saves no random states, and loads all data again that a resumed run has seen. Here random states and
-    data loader start anew at every checkpoint and validation: with
-    states that depend on seed, iteration and rank alone, and at the sample that is next. Data loaders that keep their
-    workers (persistent_workers) cannot do so.
+    mmengine saves no random states, and loads all data again that a resumed run has seen. Here random states and data
+    loader start anew after every checkpoint and validation: with states that depend on seed, iteration and rank alone,
+    and at the sample that comes next. That needs a data loader whose workers start anew, too.
+
+    Raises:
+        UserError: The data loader keeps its workers, or has another sampler than InfiniteSampler.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

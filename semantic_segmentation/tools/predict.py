@@ -81,8 +81,12 @@ def predict(args: argparse.Namespace) -> None:
 
 def mask_of(source: "Source", index: int) -> "Source":
     """Say where the mask of an image belongs, or that of a video's frame of this index."""
-    name = source.result.with_suffix("") / f"{index:06d}.png" if source.is_video else f"{source.result}.png"
-    return replace(source, result=PurePath(MASKS, name), length=1, fps=None)
+    result = PurePath(MASKS, source.result)
+    if source.is_video:
+        result = result.with_suffix("") / f"{index:06d}.png"
+    elif result.suffix != ".png":
+        result = PurePath(f"{result}.png")
+    return replace(source, result=result, length=1, fps=None)
 
 
 class Segmenter:

@@ -211,7 +211,7 @@ def test_pictures_and_masks(predict, ade_scenes, tmp_path):
         image.resize(size).save(tmp_path / "in" / name)
     out = predict(tmp_path / "in")
     for name, size in sizes.items():
-        mask = Image.open(out / "masks" / f"{name}.png")
+        mask = Image.open(out / "masks" / name.replace(".jpg", ".jpg.png"))
         assert (mask.size, mask.mode) == (size, "L")
         assert np.asarray(mask).max() <= 10
         picture = Image.open(out / name)

@@ -9,8 +9,12 @@ common = dict(
     # backbone never takes it over.
     drop_path_rate=0.2,
 )
+tiny = dict(common, dim=80, in_dim=32, depths=(1, 3, 8, 4), pretrained="mamba_vision_T")
 mamba_vision = dict(
-    tiny=dict(common, dim=80, in_dim=32, depths=(1, 3, 8, 4), pretrained="mamba_vision_T"),
+    tiny=tiny,
+    # For new training: windows that the maps of a 512x512 image just fill. See
+    # mamba_vision_160k_ade20k-512x512_tiny_tight_windows.py for what they save.
+    tiny_tight_windows=dict(tiny, window_size=(8, 8, 32, 16)),
     small=dict(
         common, dim=96, in_dim=64, depths=(3, 3, 7, 5), window_size=(8, 8, 160, 56), pretrained="mamba_vision_S"
     ),
@@ -25,4 +29,4 @@ mamba_vision = dict(
         pretrained="mamba_vision_L3_512_21k",
     ),
 )
-del common
+del common, tiny

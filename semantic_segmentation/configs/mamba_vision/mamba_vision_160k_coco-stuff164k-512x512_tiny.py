@@ -9,7 +9,7 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
-    backbone=dict(_delete_=True, **{**_base_.mamba_vision.tiny, "window_size": (8, 8, 32, 16)}),
+    backbone=dict(_delete_=True, **_base_.mamba_vision.tiny_tight_windows),
     decode_head=dict(in_channels=[80, 160, 320, 640], num_classes=171),
     auxiliary_head=dict(in_channels=320, num_classes=171),
 )
