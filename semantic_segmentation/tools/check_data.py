@@ -164,7 +164,8 @@ def _problems_of_masks(
     entries: list[dict[str, Any]], setting: "ConfigDict", config: "Config", full: bool
 ) -> Iterator[str]:
     """Yield what is wrong with the masks of a data set's entries, one sentence of each kind."""
-    masks = {folder: set(os.listdir(folder)) for folder in {os.path.dirname(e["seg_map_path"]) for e in entries}}
+    folders = {os.path.dirname(entry["seg_map_path"]) for entry in entries}
+    masks = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     missing = [entry["seg_map_path"] for entry in entries if not _is_in(masks, entry["seg_map_path"])]
     if missing:
         yield f"{_some(missing)}: no such mask"

@@ -344,6 +344,38 @@ def test_command_that_checks_data(scenes, monkeypatch, capsys):
         tool.check(tool.options([str(CONFIG), "--full"]))
 
 
+LAYOUTS = {
+    "cityscapes-512x1024": (
+        "CITYSCAPES_ROOT",
+        ("leftImg8bit/{}/bonn/a_leftImg8bit.png", "gtFine/{}/bonn/a_gtFine_labelTrainIds.png"),
+        ("train", "val"),
+    ),
+    "coco-stuff164k-512x512": (
+        "COCO_STUFF_ROOT",
+        ("images/{}/a.jpg", "annotations/{}/a_labelTrainIds.png"),
+        ("train2017", "val2017"),
+    ),
+    "own-data-512x512": ("DATA_ROOT", ("images/{}/a.jpg", "annotations/{}/a.png"), ("training", "validation")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_other_data_sets(name, tmp_path, monkeypatch):
+    variable, files, splits = LAYOUTS[name]
+    for split in splits:
+        for mode, file in zip(("RGB", "L"), files, strict=True):
+            path = tmp_path / file.format(split)
+            path.parent.mkdir(parents=True)
+            Image.new(mode, (6, 4), 0).save(path)
+    monkeypatch.setenv(variable, str(tmp_path))
+    tool = load_tool("check_data", monkeypatch)
+    config = ROOT / "semantic_segmentation" / "configs" / "mamba_vision" / f"mamba_vision_160k_{name}_tiny.py"
+    tool.check(tool.options([str(config)]))
+    shutil.rmtree((tmp_path / files[1].format(splits[0])).parent)
+    with pytest.raises(DataError, match=r"no such (mask|folder)"):
+        tool.check(tool.options([str(config)]))
+
+
 def test_masks_without_any_class(monkeypatch):
     """The losses of both heads are 0, and finite with their gradients."""
     load_tool("train", monkeypatch)
