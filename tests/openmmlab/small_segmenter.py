@@ -22,7 +22,7 @@ model = dict(
 )
 data = dict(
     type="BaseSegDataset",
-    metainfo=dict(classes=["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]),
+    metainfo=dict(classes=("none", *"0123456789")),
     reduce_zero_label=True,
 )
 load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
