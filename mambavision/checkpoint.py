@@ -64,12 +64,8 @@ _SAFE_CLASSES = [
     pathlib.PureWindowsPath,
     np.dtype,
     np.ndarray,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
-    type(np.dtype(np.int32)),
-    type(np.dtype(np.uint32)),
-    type(np.dtype(np.bool_)),
+    *(type(np.dtype(name)) for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "uint32", "float16")),
+    *(type(np.dtype(name)) for name in ("float32", "float64")),
 ]
 
 
@@ -102,7 +98,7 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give a file in it, such as {path / 'last.pth.tar'}.")
+        raise CheckpointError(f"{path}: is a folder; give a file in it.")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pth.tar, .pth or .safetensors).")
     with path.open("rb") as file:
@@ -117,7 +113,7 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
         if refused := _refused_names(error):
             raise CheckpointError(
                 f"{path}: refused, because it holds objects other than weights and plain settings ({refused}); if you "
-                "trust its author, allow it with trust=True (--trust-checkpoint)."
+                "trust its author, read it with trust=True (in classification: --trust-checkpoint)."
             ) from error
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,18 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def newest_valid(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
+def time_written(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def newest_valid(
+    paths: Iterable[Path], key: Callable[[Path], int] = time_written
+) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest of some checkpoint files that can be read, with its content, or None.
 
-    Newer files that cannot be read are named in the log.
+    Newer files that cannot be read are named in the log. `key` is what is greater for newer files.
     """
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(paths, key=key, reverse=True):
         try:
             return path, read_checkpoint(path)
         except CheckpointError as error:

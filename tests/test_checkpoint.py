@@ -226,7 +226,7 @@ def test_other_files(content, message, tmp_path):
 def test_missing_files_and_other_contents(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         read_checkpoint(tmp_path / "nothing.pth")
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: is a folder; .* such as {tmp_path}/last.pth.tar"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: is a folder; give a file"):
         read_checkpoint(tmp_path)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list"):

@@ -1,6 +1,36 @@
 """Layers shared by the architectures."""
 
-from torch import Tensor
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import timm.models
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def checkpoint(module: nn.Module, *args: Any) -> Tensor:
+    """Call a module whose activations are computed again in the backward pass instead of being kept.
+
+    Batch norms take note of their statistics the first time only.
+    """
+    return timm.models.checkpoint(
+        module, *args, context_fn=lambda: (contextlib.nullcontext(), _without_statistics(module))
+    )
+
+
+@contextlib.contextmanager
+def _without_statistics(module: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:

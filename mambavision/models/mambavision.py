@@ -21,13 +21,13 @@ from timm.layers import (
     create_classifier,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mambavision.checkpoint import LoadReport, load_pretrained
 from mambavision.models.build import build
-from mambavision.models.layers import window_partition, window_reverse
+from mambavision.models.layers import checkpoint, window_partition, window_reverse
 from vision_kernels import conv1d_silu, selective_scan
 
 DtInit = Literal["published", "mamba"]

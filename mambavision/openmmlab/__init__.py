@@ -1,4 +1,4 @@
-"""The adapter to OpenMMLab: importing this package is all that MMDetection, MMSegmentation and MMPretrain need.
+"""The adapter to OpenMMLab: importing this package, before mmcv.ops, is all that its libraries need.
 
 In a config: ``custom_imports = dict(imports=["mambavision.openmmlab"])``. It registers the backbones, makes reading
 checkpoints safe and writing them atomic, and stands in for mmcv's compiled operators where they are not installed.

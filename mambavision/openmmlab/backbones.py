@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mambavision.checkpoint import load_weights
-from mambavision.errors import CheckpointError, nearest
+from mambavision.errors import CheckpointError, UserError, nearest
 from mambavision.factory import create_model
 from mambavision.models import MambaVision
 
@@ -23,8 +23,18 @@ _logger = logging.getLogger(__name__)
 OutNorm = Literal["ln2d", "ln", "bn"]
 
 # What the original's configs inherit from the ResNet of MMDetection's and the Swin of MMSegmentation's bases, whose
-# backbone they do not delete. The original ignores all of it.
-_INHERITED_BY = {"depth": "ResNet", "embed_dims": "SwinTransformer"}
+# backbone they do not delete. The original ignores all of it, and drop_path_rate.
+_INHERITED = {
+    "ResNet": {"depth", "num_stages", "frozen_stages", "norm_cfg", "norm_eval", "style", "init_cfg"},
+    "SwinTransformer": {
+        "embed_dims", "pretrain_img_size", "patch_size", "strides", "qkv_bias", "qk_scale", "patch_norm", "drop_rate",
+        "attn_drop_rate", "use_abs_pos_embed", "act_cfg", "norm_cfg", "frozen_stages", "with_cp", "init_cfg",
+    },
+}  # fmt: skip
+
+
+class BackboneArgumentError(UserError, ValueError):
+    """A backbone has no such argument, or not with this value."""
 
 
 class FeatureMaps:
@@ -57,17 +67,20 @@ class FeatureMaps:
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         stages = self.trunk.feature_info
-        if not all(0 <= index < len(stages) for index in out_indices):
-            raise ValueError(f"out_indices must be stages 0 to {len(stages) - 1}, got {tuple(out_indices)}")
+        chosen = [index for index in range(len(stages)) if isinstance(out_indices, Sequence) and index in out_indices]
+        if not isinstance(out_indices, Sequence) or chosen != list(out_indices):
+            raise BackboneArgumentError(
+                f"out_indices must list stages from 0 to {len(stages) - 1} in ascending order, got {out_indices}"
+            )
         if not -1 <= frozen_stages <= len(stages):
-            raise ValueError(f"frozen_stages must be from -1 to {len(stages)}, got {frozen_stages}")
+            raise BackboneArgumentError(f"frozen_stages must be from -1 to {len(stages)}, got {frozen_stages}")
         norms = {
             "ln2d": lambda width: LayerNorm2d(width, eps=1e-5),
             "ln": lambda width: LayerNorm2d(width, eps=1e-5),
             "bn": nn.BatchNorm2d,
         }
         if norm_layer not in norms:
-            raise ValueError(f"norm_layer must be one of {', '.join(norms)}, got {norm_layer!r}")
+            raise BackboneArgumentError(f"norm_layer must be one of {', '.join(norms)}, got {norm_layer!r}")
         self.out_indices = tuple(out_indices)
         self.norm_eval = norm_eval
         self.pretrained = _pretrained(pretrained, init_cfg)
@@ -78,7 +91,7 @@ class FeatureMaps:
         self._frozen = self._freeze(frozen_stages)
 
     def _freeze(self, stages: int) -> list[nn.Module]:
-        """Freeze the stem and the first stages; return the largest modules that hold nothing else."""
+        """Freeze the stem and the first stages; return the modules inside that hold nothing else."""
         if stages < 0:
             return []
         groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
@@ -89,7 +102,7 @@ class FeatureMaps:
         for name in names:
             owner = self.trunk if not name.startswith("outnorm") else self
             owner.get_parameter(name).requires_grad_(False)
-        return [module for module in self.modules() if _is_frozen(module)]
+        return [module for module in self.modules() if module is not self and _is_frozen(module)]
 
     def forward(self, x: Tensor) -> list[Tensor] | Tensor:
         """(batch, channels, H, W) -> a (batch, width, H / stride, W / stride) map of each stage of `out_indices`."""
@@ -130,7 +143,9 @@ def _pretrained(pretrained: str | None, init_cfg: dict[str, Any] | None) -> str 
     if init_cfg is None:
         return pretrained
     if pretrained is not None or init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg:
-        raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=...) without pretrained, got {init_cfg}")
+        raise BackboneArgumentError(
+            f"init_cfg must be dict(type='Pretrained', checkpoint=...) without pretrained, got {init_cfg}"
+        )
     return init_cfg["checkpoint"]
 
 
@@ -167,7 +182,7 @@ class MM_mamba_vision(FeatureMaps, MambaVision):  # noqa: N801
         for name in others:
             if name not in _MODEL_ARGUMENTS:
                 known = [*inspect.signature(MM_mamba_vision).parameters, *_OPTIONS, *_MODEL_ARGUMENTS]
-                raise TypeError(f"MM_mamba_vision has no argument {name!r}.{nearest(name, known)}")
+                raise BackboneArgumentError(f"MM_mamba_vision has no argument {name!r}.{nearest(name, known)}")
         super().__init__(
             dim, in_dim, tuple(depths), tuple(window_size), tuple(num_heads), mlp_ratio,
             num_classes=0, global_pool="", layer_scale=layer_scale, **others,
@@ -181,16 +196,17 @@ _MODEL_ARGUMENTS = set(inspect.signature(MambaVision).parameters) - {"num_classe
 
 
 def _without_inherited(arguments: dict[str, Any]) -> dict[str, Any]:
-    base = next((name for key, name in _INHERITED_BY.items() if key in arguments), None)
+    base = "ResNet" if "depth" in arguments else "SwinTransformer" if "embed_dims" in arguments else None
     if base is None:
         return arguments
+    ignored = _INHERITED[base] | {"drop_path_rate"}
     _logger.warning(
         "the config inherits a %s backbone without _delete_=True, as the original's do: as there, these arguments "
         "have no effect: %s; stochastic depth is 0.2, batch norms use batch statistics and nothing is frozen",
         base,
-        ", ".join(f"{key}={value}" for key, value in arguments.items()),
+        ", ".join(f"{key}={value}" for key, value in arguments.items() if key in ignored),
     )
-    return {}
+    return {key: value for key, value in arguments.items() if key not in ignored}
 
 
 @MODELS.register_module()

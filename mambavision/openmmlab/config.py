@@ -7,7 +7,8 @@ import re
 import traceback
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from mmengine import registry as registries
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
-import mambavision
 from mambavision.errors import UserError, nearest
 from mambavision.launch import Process
 
@@ -139,43 +140,66 @@ def explained(source: str | Path) -> Iterator[None]:
 def _explanation(error: Exception) -> str | None:
     message = str(error.args[0]) if error.args else ""
     if argument := re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message):
-        return f"{argument[1]} has no argument {argument[2]!r}.{nearest(argument[2], _arguments(argument[1]))}"
-    if argument := re.match(r"(\w+)\.__init__\(\) missing \d+ required .*", message):
+        kind = _class_built(argument[1], error)
+        name = argument[1] if kind is None else kind.__name__
+        return f"{name} has no argument {argument[2]!r}.{nearest(argument[2], _arguments(kind))}"
+    if re.match(r"(\w+)\.__init__\(\) missing \d+ required .*", message):
         return f"{message}."
-    if kind := re.match(r"(\S+) is not in the (\S+?)::(\S+) registry", message):
+    if kind := re.match(r"(\S+) is not in the (\w+)::(.+?) registry", message):
         return f"there is no {kind[1]!r} in {kind[2]}'s registry of {kind[3]}s.{nearest(kind[1], _registered(kind[3]))}"
-    origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    if Path(origin).is_relative_to(Path(mambavision.__file__).parent):  # this package's own sentence
-        return message
     return None
 
 
-def _registries(name: str | None = None) -> Iterator[Registry]:
-    """Yield mmengine's registries, or the one of a name, with those of the libraries below them."""
+def _class_built(name: str, error: Exception) -> type | None:
+    """Return the class that was being built: the one a constructor's error names, or one that derives from it."""
+    if name == "DataLoader":
+        return DataLoader
+    built = [frame.f_locals.get("obj_cls") for frame, _ in traceback.walk_tb(error.__traceback__)]  # in mmengine
+    classes = [kind for kind in built if inspect.isclass(kind) and name in (base.__name__ for base in kind.__mro__)]
+    return classes[-1] if classes else None
+
+
+def _arguments(kind: type | None) -> list[str]:
+    """Return the arguments of a class and of those it derives from."""
+    bases = inspect.getmro(kind)[:-1] if kind else ()
+    return [name for base in bases for name in inspect.signature(base).parameters]
+
+
+def _registered(name: str) -> list[str]:
+    """Return what is in mmengine's registry of a name and in that of the library in use."""
     scope = DefaultScope.get_current_instance()
+    found = []
     for registry in vars(registries).values():
-        if isinstance(registry, Registry) and name in (None, registry.name):
-            yield registry
-            if scope is not None and scope.scope_name in registry.children:
-                yield registry.children[scope.scope_name]
+        if isinstance(registry, Registry) and registry.name == name:
+            child = registry.children.get(scope.scope_name) if scope is not None else None
+            found += [*registry.module_dict, *(child.module_dict if child else ())]
+    return found
 
 
-def _registered(name: str) -> Iterable[str]:
-    return [kind for registry in _registries(name) for kind in registry.module_dict]
+def pipeline_owner(config: Config) -> ConfigDict:
+    """Return the setting of the test data set that has the pipeline, the first if there are several.
+
+    Raises:
+        UserError: There is none.
+    """
+    owner = next((found for found in settings_in(config.get("test_dataloader")) if found.get("pipeline")), None)
+    if owner is None:
+        raise UserError(f"{config.filename}: has no pipeline in test_dataloader, which says how images are scaled.")
+    return owner
 
 
-def _arguments(class_name: str) -> list[str]:
-    """Return the arguments of a registered class and of those it derives from."""
-    candidates = [registry.module_dict.get(class_name) for registry in _registries()]
-    found = next((candidate for candidate in candidates if candidate is not None), None)
-    if found is None:
-        return []
-    return [name for base in inspect.getmro(found)[:-1] for name in inspect.signature(base).parameters]
+def collect_log() -> None:
+    """Keep this package's messages until `log_to`; without that, they are shown at the end of the program."""
+    own = logging.getLogger("mambavision")
+    own.handlers[:] = [MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, target=logging.StreamHandler())]
+    own.setLevel(logging.INFO)
+    own.propagate = False
 
 
 def log_to(logger: logging.Logger) -> None:
-    """Send this package's messages where mmengine sends its own."""
+    """Send this package's messages, and those collected until now, where mmengine sends its own."""
     own = logging.getLogger("mambavision")
+    collected = [record for handler in own.handlers for record in getattr(handler, "buffer", ())]
     own.handlers[:] = logger.handlers
-    own.setLevel(logging.INFO)
-    own.propagate = False
+    for record in collected:
+        own.handle(record)

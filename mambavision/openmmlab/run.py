@@ -1,20 +1,23 @@
 """Training and testing with mmengine's runner: what the programs of both OpenMMLab tasks have in common."""
 
 import argparse
+import copy
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine import Config
-from mmengine.logging import print_log
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
 from mambavision.checkpoint import check_writable, extract_state_dict, read_checkpoint
 from mambavision.errors import CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
-from mambavision.openmmlab.config import explained, fit_to_machine, forget_pretrained, load_config, log_to
+from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
 from mambavision.resume import newest_valid
+
+_logger = logging.getLogger(__name__)
 
 DataCheck = Callable[[Config], None]
 
@@ -42,7 +45,7 @@ def options_of_training(words: Sequence[str] | None = None) -> argparse.Namespac
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint (default: the newest readable one of the work dir, if there is one)",
+        help="go on from a checkpoint, or the newest readable one of a folder (default: of the work dir)",
     )
     return parser.parse_args(words)
 
@@ -54,7 +57,7 @@ def options_of_test(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="where to write the predictions")
     parser.add_argument("--tta", action="store_true", help="average over flipped or scaled images")
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
-    parser.add_argument("--show-dir", help="folder for pictures of the predictions, below the work dir's")
+    parser.add_argument("--show-dir", help="folder for pictures of the predictions")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds to show each picture")
     return parser.parse_args(words)
 
@@ -66,7 +69,8 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         args: From `options_of_training`.
         check_data: Raises a DataError if the data that a config names are not as they should be.
     """
-    config = _config(args)
+    config = _config(args, ("model", "train_dataloader", "train_cfg", "optim_wrapper"))
+    given = copy.deepcopy(config)
     if args.amp:
         config.optim_wrapper.type = "AmpOptimWrapper"
         config.optim_wrapper.setdefault("loss_scale", "dynamic")
@@ -74,20 +78,24 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise UserError(f"--auto-scale-lr: {args.config} does not say for which batch size its rate is meant.")
         config.auto_scale_lr.enable = True
-    checkpoint = _to_resume(args, Path(config.work_dir))
-    if checkpoint is not None:
-        path, content = checkpoint
-        config.update(resume=True, load_from=str(path))
+    source, content = _to_resume(args, Path(config.work_dir)) or (config.get("load_from"), None)
+    is_resumed = content is not None
+    if is_resumed:
+        config.update(resume=True, load_from=source)
         # mmengine restores the seed too late for the sampler.
         config.randomness = {**config.get("randomness", {}), "seed": content["meta"]["seed"]}
         forget_pretrained(config)
+    elif source:
+        content = CheckpointLoader.load_checkpoint(source, map_location="cpu")
     check_data(config)
     try:
-        with explained(args.config), _Run(config, args) as runner:
-            if checkpoint is not None:
-                check_weights(runner.model, content, str(path))
-                check_classes(runner.train_loop.dataloader.dataset, content, str(path))
-                del content
+        with explained(args.config), _Run(config, args, given) as runner:
+            if is_resumed:
+                check_weights(runner.model, content, source)
+                check_classes(runner.train_loop.dataloader.dataset, content, source)
+            elif source:
+                check_some_weights(runner.model, content, source)
+            del content
             runner.train()
     except Interruption as interruption:
         interruption.advice = f"; go on with --resume (checkpoints are in {config.work_dir})"
@@ -100,43 +108,51 @@ def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Confi
     Args:
         args: From `options_of_test`.
         check_data: As for `train`.
-        adapt: Changes a config as the options ``eval``, ``out`` and ``tta`` demand, which differ between tasks.
+        adapt: Changes a config as the options ``eval``, ``out``, ``show_dir`` and ``tta`` demand, which differ between
+            tasks.
     """
-    config = _config(args)
+    config = _config(args, ("model", "test_dataloader", "test_evaluator", "test_cfg"))
+    given = copy.deepcopy(config)
     content = read_checkpoint(args.checkpoint)
     forget_pretrained(config)
     config.load_from = args.checkpoint
     if args.show or args.show_dir:
+        if "visualization" not in config.get("default_hooks", {}):
+            raise UserError(f"{args.config}: has no default_hooks.visualization, which --show and --show-dir need.")
         config.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
-        if args.show_dir:
-            config.visualizer.save_dir = args.show_dir
     check_data(config)
     adapt(config, args)
-    with explained(args.config), _Run(config, args) as runner:
+    with explained(args.config), _Run(config, args, given) as runner:
         check_classes(runner.test_loop.dataloader.dataset, content, args.checkpoint)
         check_weights(runner.model, content, args.checkpoint)
         del content
         runner.test()
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
+    collect_log()
     config = load_config(args.config, args.cfg_options)
+    for key in needed:
+        if not config.get(key):
+            raise UserError(f"{args.config}: has no {key}; give a whole config, such as those in configs/mamba_vision.")
     if args.work_dir or not config.get("work_dir"):
         config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem))
     check_writable(Path(config.work_dir, "last_checkpoint"))
     return config
 
 
-def _to_resume(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def _to_resume(args: argparse.Namespace, work_dir: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return the path and content of the checkpoint to go on from, if there is one."""
     if not args.resume:
         return None
-    if args.resume != "auto":
-        found = Path(args.resume), read_checkpoint(args.resume)
-    else:
-        found = newest_valid([*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")])
+    folder = work_dir if args.resume == "auto" else Path(args.resume)
+    if args.resume == "auto" or folder.is_dir():
+        found = newest_valid([*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")], key=_step)
         if found is None:
-            print_log(f"nothing to go on from in {folder}: training starts from the beginning", "current")
+            _logger.warning("nothing to go on from in %s: training starts from the beginning", folder)
             return None
+    else:
+        found = folder, read_checkpoint(folder)
     path, content = found
     missing = {"meta", "state_dict", "optimizer", "message_hub"} - content.keys()
     if missing:
@@ -144,21 +160,36 @@ def _to_resume(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, 
             f"{path}: holds no training to go on with ({', '.join(sorted(missing))} missing); to start from its "
             f"weights, use --cfg-options load_from={path}."
         )
-    return found
+    return str(path), content
+
+
+def _step(checkpoint: Path) -> int:
+    """``epoch_12.pth`` -> 12"""
+    number = checkpoint.stem.rpartition("_")[-1]
+    return int(number) if number.isdigit() else -1
 
 
 class _Run:
-    """A runner between joining and leaving the group of processes."""
+    """A runner between joining and leaving the group of processes.
 
-    def __init__(self, config: Config, args: argparse.Namespace) -> None:
+    Args:
+        config: What to run.
+        args: Options of the program.
+        given: The config as the user gave it, which is kept in the work dir.
+    """
+
+    def __init__(self, config: Config, args: argparse.Namespace, given: Config) -> None:
         self.process = _process(args)
         self.config = config
+        self.given = given
 
     def __enter__(self) -> Runner:
         device = pick_device("", self.process)
         join(self.process, device)
         replaced = fit_to_machine(self.config, self.process, device)
         runner = Runner.from_cfg(self.config)
+        if self.process.is_first:
+            self.given.dump(Path(runner.work_dir, Path(self.given.filename).name))
         log_to(runner.logger)
         for sentence in dict.fromkeys(replaced):
             runner.logger.info(sentence)
@@ -180,11 +211,20 @@ def _process(args: argparse.Namespace) -> Process:
     return process
 
 
+def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError unless most weights of a model are in a checkpoint, as for other classes."""
+    own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
+    fitting = sum(key in theirs and theirs[key].shape == own[key].shape for key in own)
+    if fitting < len(own) / 2:
+        raise CheckpointError(
+            f"{source}: is of another model than the config: only {fitting} of {len(own)} entries fit. For the weights "
+            "of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
+        )
+
+
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
     """Raise a CheckpointError unless a checkpoint holds exactly the weights of a model."""
-    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
-        model = model.module
-    own, theirs = model.state_dict(), extract_state_dict(checkpoint, source=source)
+    own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
     missing = [key for key in own if key not in theirs and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in theirs if key not in own]
     reshaped = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
@@ -192,6 +232,12 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> 
     if any(problems.values()):
         found = ", ".join(f"{len(keys)} {what} ({keys[0]})" for what, keys in problems.items() if keys)
         raise CheckpointError(f"{source}: is of another model than the config: {found}.")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
+        model = model.module
+    return model
 
 
 def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None:

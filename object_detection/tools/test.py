@@ -1,13 +1,14 @@
 """Score a detector with COCO's metrics; see --help for all options."""
 
 import argparse
+from pathlib import Path
 
 from mmengine import Config
 
 from mambavision.checkpoint import check_writable
 from mambavision.errors import UserError, nearest, run_cli
 from mambavision.openmmlab.coco import check_datasets
-from mambavision.openmmlab.config import settings_in
+from mambavision.openmmlab.config import pipeline_owner, settings_in
 from mambavision.openmmlab.run import options_of_test, test
 
 METRICS = ("bbox", "segm", "proposal", "proposal_fast")
@@ -18,14 +19,18 @@ def check_test_data(config: Config) -> None:
 
 
 def adapt(config: Config, args: argparse.Namespace) -> None:
-    """Set the metrics, the file of predictions and test-time augmentation."""
+    """Set the metrics, the files of predictions and pictures, and test-time augmentation."""
     for name in args.eval or ():
         if name not in METRICS:
             raise UserError(f"--eval {name}: unknown; choose from {', '.join(METRICS)}.{nearest(name, METRICS)}")
     if args.eval:
-        for evaluator in settings_in(config.test_evaluator):
-            if evaluator.get("type") == "CocoMetric":
-                evaluator.metric = args.eval
+        evaluators = [found for found in settings_in(config.test_evaluator) if found.get("type") == "CocoMetric"]
+        if not evaluators:
+            raise UserError(f"--eval {' '.join(args.eval)}: {args.config} has no CocoMetric in test_evaluator.")
+        for evaluator in evaluators:
+            evaluator.metric = args.eval
+    if args.show_dir:
+        config.default_hooks.visualization.test_out_dir = str(Path(args.show_dir).resolve())
     if args.out:
         if not args.out.endswith((".pkl", ".pickle")):
             raise UserError(f"--out {args.out}: predictions are written as a pickle; give a name that ends in .pkl.")
@@ -42,11 +47,12 @@ def _augment(config: Config) -> None:
 
     nms = {"type": "nms", "iou_threshold": 0.5}
     config.setdefault("tta_model", {"type": "InstanceTTAModel", "tta_cfg": {"nms": nms, "max_per_img": 100}})
-    *steps, pack = config.test_dataloader.dataset.pipeline
+    dataset = pipeline_owner(config)
+    *steps, pack = dataset.pipeline
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
     views = [[{"type": "RandomFlip", "prob": prob} for prob in (0.0, 1.0)], [{**pack, "meta_keys": keys}]]
     config.setdefault("tta_pipeline", [*steps, {"type": "TestTimeAug", "transforms": views}])
-    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    dataset.pipeline = config.tta_pipeline
     config.model = {**config.tta_model, "module": config.model}
 
 

@@ -7,7 +7,7 @@ from mmengine import Config
 
 from mambavision.checkpoint import check_writable
 from mambavision.errors import UserError, nearest, run_cli
-from mambavision.openmmlab.config import settings_in
+from mambavision.openmmlab.config import pipeline_owner, settings_in
 from mambavision.openmmlab.run import options_of_test, test
 
 METRICS = ("mIoU", "mDice", "mFscore")
@@ -23,23 +23,31 @@ def check(config: Config) -> None:
 
 def adapt(config: Config, args: argparse.Namespace) -> None:
     """Set the metrics, the folder of predicted masks, multi-scale testing, and that every picture is drawn."""
-    for name in args.eval or ():
-        if name not in METRICS:
-            raise UserError(f"--eval {name}: unknown; choose from {', '.join(METRICS)}.{nearest(name, METRICS)}")
-    for evaluator in settings_in(config.test_evaluator):
-        if evaluator.get("type") == "IoUMetric":
-            evaluator.update({"iou_metrics": args.eval} if args.eval else {})
-            evaluator.update({"output_dir": args.out} if args.out else {})
+    _set_metrics(config, args)
     if args.out:
         check_writable(f"{args.out}/mask.png")
+    if args.show_dir:
+        config.visualizer.save_dir = args.show_dir
     if args.tta:
         if "tta_pipeline" not in config:
             raise UserError(f"--tta: {args.config} has no tta_pipeline, which says how images are varied.")
-        config.test_dataloader.dataset.pipeline = config.tta_pipeline
+        pipeline_owner(config).pipeline = config.tta_pipeline
         config.model = {**config.get("tta_model", {"type": "SegTTAModel"}), "module": config.model}
     for hook in settings_in(config.default_hooks):
         if hook.get("type") == "SegVisualizationHook":
             hook.interval = 1
+
+
+def _set_metrics(config: Config, args: argparse.Namespace) -> None:
+    for name in args.eval or ():
+        if name not in METRICS:
+            raise UserError(f"--eval {name}: unknown; choose from {', '.join(METRICS)}.{nearest(name, METRICS)}")
+    evaluators = [found for found in settings_in(config.test_evaluator) if found.get("type") == "IoUMetric"]
+    if (args.eval or args.out) and not evaluators:
+        raise UserError(f"--eval and --out: {args.config} has no IoUMetric in test_evaluator.")
+    for evaluator in evaluators:
+        evaluator.update({"iou_metrics": args.eval} if args.eval else {})
+        evaluator.update({"output_dir": args.out} if args.out else {})
 
 
 if __name__ == "__main__":

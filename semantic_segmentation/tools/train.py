@@ -1,14 +1,17 @@
 """Train a segmentation model, on one CPU or many GPUs; see README.md for configs and --help for all options."""
 
+import logging
+
 import torch
 from check_data import check_datasets
 from mmengine import Config
-from mmengine.logging import print_log
 
 from mambavision.errors import run_cli
 from mambavision.launch import this_process
 from mambavision.openmmlab.config import settings_in
 from mambavision.openmmlab.run import options_of_training, train
+
+_logger = logging.getLogger("mambavision.train")
 
 
 def prepare(config: Config) -> None:
@@ -21,9 +24,7 @@ def prepare(config: Config) -> None:
     is_synchronised = this_process().is_distributed and torch.cuda.is_available()
     if pools and config.train_dataloader.batch_size == 1 and not is_synchronised:
         config.train_dataloader.batch_size = 2
-        print_log(
-            "one process or no GPU: batches of 2 images instead of 1, for the batch norms of pooled maps", "current"
-        )
+        _logger.warning("one process or no GPU: batches of 2 images instead of 1, for the batch norms of pooled maps")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import mambavision
 from conftest import SMALL
 from mambavision.errors import CheckpointError, UserError
 from mambavision.openmmlab import MM_mamba_vision, RegisteredBackbone
+from mambavision.openmmlab.backbones import BackboneArgumentError
 from parity import fill_, image, recorded
 
 SIZE = {key: value for key, value in SMALL["mamba_vision_T"].items() if key != "num_classes"}
@@ -58,15 +59,25 @@ def test_every_library_finds_the_backbones(library):
 
 
 def test_argument_that_does_not_exist_is_refused():
-    with pytest.raises(TypeError, match=r"no argument 'drop_pth_rate'\. Did you mean 'drop_path_rate'"):
-        MM_mamba_vision(**SIZE, drop_pth_rate=0.1)
+    for inherited in ({}, {"depth": 50}, {"embed_dims": 96}):
+        with pytest.raises(BackboneArgumentError, match=r"no argument 'drop_pth_rate'\. Did you mean 'drop_path_rate'"):
+            MM_mamba_vision(**SIZE, drop_pth_rate=0.1, **inherited)
 
 
 @pytest.mark.parametrize(
-    "argument", [{"out_indices": (0, 4)}, {"frozen_stages": 5}, {"norm_layer": "gn"}, {"init_cfg": {"type": "Normal"}}]
+    "argument",
+    [
+        {"out_indices": (0, 4)},
+        {"out_indices": (3, 1)},
+        {"out_indices": (1, 1)},
+        {"out_indices": 3},
+        {"frozen_stages": 5},
+        {"norm_layer": "gn"},
+        {"init_cfg": {"type": "Normal"}},
+    ],
 )
 def test_value_that_does_not_exist_is_refused(argument):
-    with pytest.raises(ValueError, match=next(iter(argument))):
+    with pytest.raises(BackboneArgumentError, match=next(iter(argument))):
         MM_mamba_vision(**SIZE, **argument)
 
 
@@ -96,7 +107,7 @@ def test_stochastic_depth_is_taken_from_the_config():
     assert backbone.levels[3].blocks[-1].drop_path.drop_prob == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("stages", [-1, 0, 2])
+@pytest.mark.parametrize("stages", [-1, 0, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["own", "named"])
 def test_frozen_stages(kind, stages):
     options = {"frozen_stages": stages, "drop_path_rate": 0.5, **SIZE}
@@ -112,7 +123,10 @@ def test_frozen_stages(kind, stages):
     assert [not norm.weight.requires_grad for norm in norms] == [stage < stages for stage in range(4)]
     statistics = [part.state_dict() for part in parts]
     before = [{key: value.clone() for key, value in entries.items()} for entries in statistics]
-    sum(features.sum() for features in backbone(torch.randn(2, 3, 64, 64))).backward()
+    features = sum(features.sum() for features in backbone(torch.randn(2, 3, 64, 64)))
+    if stages < 4:
+        features.backward()
+    assert features.requires_grad == (stages < 4)
     for index in range(stages + 1):
         assert all(torch.equal(before[index][key], statistics[index][key]) for key in before[index])
 
@@ -138,6 +152,8 @@ def test_recomputed_activations_give_the_same_gradients():
     assert saved[1] < saved[0]
     for one, other in zip(plain.parameters(), recomputing.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    for one, other in zip(plain.buffers(), recomputing.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_chosen_stages_and_norms():

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import ROOT, identical
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, OutputError, UserError
 from mambavision.openmmlab import run
+from mambavision.openmmlab.config import load_config
 
 TOOLS = ROOT / "object_detection" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"
@@ -70,7 +73,8 @@ def trained(coco_scenes, tmp_path_factory):
         monkeypatch.setenv("SCENES_ROOT", str(coco_scenes))
         tool = load_tool("train", monkeypatch)
         work_dir = tmp_path_factory.mktemp("trained")
-        run.train(run.options_of_training([str(CONFIG), "--work-dir", str(work_dir)]), tool.check_datasets)
+        words = [str(CONFIG), "--work-dir", str(work_dir), "--cfg-options", "model.backbone.depth=50"]
+        run.train(run.options_of_training(words), tool.check_datasets)
     return work_dir
 
 
@@ -91,6 +95,9 @@ def test_training_writes_checkpoints_and_metrics(trained):
     (log,) = trained.glob("*/*.log")
     text = log.read_text()
     assert "training in float32 instead of mixed precision" in text
+    assert "the config inherits a ResNet" in text  # the warning comes before the log file is there
+    kept = load_config(trained / "small_detector.py")  # as it was given, for a machine with a GPU too
+    assert kept.optim_wrapper.type == "AmpOptimWrapper"
     assert "coco/bbox_mAP" in text
 
 
@@ -100,7 +107,7 @@ def test_resumed_training_goes_on_as_if_uninterrupted(trained, train, tmp_path):
     shutil.copy(trained / "epoch_1.pth", work_dir)
     (work_dir / "epoch_3.pth").write_bytes(b"PK cut short")  # is passed over
     # The seed is the checkpoint's, and the pretrained weights are not needed any more.
-    train("--resume", "--cfg-options", "randomness.seed=8", "model.backbone.pretrained=nowhere.pth")
+    train("--resume", work_dir, "--cfg-options", "randomness.seed=8", "model.backbone.pretrained=nowhere.pth")
     assert losses(work_dir) == losses(trained)[2:]
     ours, theirs = (read_checkpoint(folder / "epoch_2.pth") for folder in (work_dir, trained))
     assert identical(ours["state_dict"], theirs["state_dict"])
@@ -108,6 +115,7 @@ def test_resumed_training_goes_on_as_if_uninterrupted(trained, train, tmp_path):
 
 def test_resuming_with_nothing_there_starts_anew(train, trained):
     work_dir = train("--resume", "--cfg-options", "train_cfg.max_epochs=1")
+    assert not load_config(work_dir / "small_detector.py").resume
     assert losses(work_dir) == losses(trained)[:2]
 
 
@@ -127,6 +135,12 @@ def test_scores_of_weights_in_safetensors(score, trained, tmp_path):
     weights = read_checkpoint(trained / "epoch_2.pth")["state_dict"]
     save_checkpoint(weights, tmp_path / "weights.safetensors")
     assert score(tmp_path / "weights.safetensors")["coco/bbox_mAP"] == score(trained / "epoch_2.pth")["coco/bbox_mAP"]
+
+
+def test_pictures_of_predictions(score, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    score(trained / "epoch_2.pth", "--show-dir", "shown")
+    assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == ["00000.jpg", "00001.jpg"]
 
 
 def test_augmented_scores_have_boxes_and_masks(score, trained):
@@ -173,10 +187,13 @@ WRONG_SETTINGS = {
     "model.neck.in_channel=3": r"FPN has no argument 'in_channel'\. Did you mean 'in_channels'\?",
     "model.neck.type=FPNN": r"there is no 'FPNN' in mmdet's registry of models\. Did you mean 'FPN'\?",
     "model.backbone.drop_pth_rate=0.1": r"no argument 'drop_pth_rate'\. Did you mean 'drop_path_rate'\?",
-    "model.backbone.out_indices=[0,1,2,7]": r"out_indices must be stages 0 to 3",
+    "model.backbone.out_indices=[0,1,2,7]": r"out_indices must list stages from 0 to 3",
     "optim_wrapper.optimizer.lrr=1": r"AdamW has no argument 'lrr'\. Did you mean 'lr'\?",
     "default_hooks.checkpoint.intervall=1": r"no argument 'intervall'\. Did you mean 'interval'\?",
     "train_dataloader.dataset.pipeline.0.type=LoadImageFromFil": r"Did you mean 'LoadImageFromFile'\?",
+    "param_scheduler.0.type=LinearR": r"in mmdet's registry of parameter schedulers\. Did you mean 'LinearLR'",
+    "train_dataloader.dataset.datroot=3": r"CocoDataset has no argument 'datroot'\. Did you mean 'data_root'",
+    "train_dataloader.batchsize=3": r"DataLoader has no argument 'batchsize'\. Did you mean 'batch_size'",
     "nonsense": r"nonsense: expected KEY=VALUE",
     "train_dataloader.dataset.pipeline.9.type=Resize": r"--cfg-options",
 }
@@ -197,6 +214,15 @@ def test_wrong_config(train, detector_config, tmp_path):
             train(config=tmp_path / "wrong.py")
 
 
+def test_part_of_a_config(train, score, trained):
+    with pytest.raises(UserError, match=r"mamba_vision\.py: has no model; give a whole config"):
+        train(config=ROOT / "object_detection" / "configs" / "_base_" / "mamba_vision.py")
+    with pytest.raises(UserError, match="has no test_evaluator"):
+        score(trained / "epoch_2.pth", "--cfg-options", "test_evaluator=None")
+    with pytest.raises(UserError, match=r"has no default_hooks\.visualization, which --show"):
+        score(trained / "epoch_2.pth", "--show-dir", "shown", "--cfg-options", "default_hooks={}")
+
+
 def test_wrong_options(train, score, trained):
     with pytest.raises(UserError, match=r"--auto-scale-lr: .* does not say for which batch size"):
         train("--auto-scale-lr", "--cfg-options", "auto_scale_lr={}")
@@ -204,6 +230,8 @@ def test_wrong_options(train, score, trained):
         train("--launcher", "pytorch")
     with pytest.raises(UserError, match=r"--eval box: unknown; choose from bbox, .*Did you mean 'bbox'"):
         score(trained / "epoch_2.pth", "--eval", "box")
+    with pytest.raises(UserError, match=r"--eval bbox: .* has no CocoMetric in test_evaluator"):
+        score(trained / "epoch_2.pth", "--eval", "bbox", "--cfg-options", "test_evaluator.type=DumpDetResults")
     with pytest.raises(UserError, match=r"--out predictions\.json: .* ends in \.pkl"):
         score(trained / "epoch_2.pth", "--out", "predictions.json")
 
@@ -228,6 +256,16 @@ def test_wrong_checkpoint(train, score, trained, tmp_path):
     save_checkpoint({**checkpoint, "state_dict": {"backbone.conv1.weight": torch.ones(1)}}, other)
     with pytest.raises(CheckpointError, match=r"other\.pth: is of another model than the config: \d+ missing"):
         train("--resume", other)
+
+
+def test_starting_from_other_weights(train, trained, tmp_path):
+    checkpoint = read_checkpoint(trained / "epoch_2.pth")
+    weights = {key: value for key, value in checkpoint["state_dict"].items() if "fc_cls" not in key}
+    save_checkpoint(weights, tmp_path / "part.safetensors")
+    train("--cfg-options", f"load_from={tmp_path / 'part.safetensors'}", "train_cfg.max_epochs=1")
+    save_checkpoint({"fc.weight": torch.ones(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: is of another model .* only 0 of \d+ entries fit"):
+        train("--cfg-options", f"load_from={tmp_path / 'other.safetensors'}")
 
 
 def test_checkpoint_of_other_classes(train, score, trained, tmp_path):
@@ -256,3 +294,28 @@ def test_images_without_objects(train, coco_scenes, tmp_path):
     values = [loss for _, loss in losses(work_dir)]
     assert len(values) == 2
     assert torch.tensor(values).isfinite().all()
+
+
+# The programs, as processes
+
+
+def test_exit_status_and_sentence(run_program, detector_config, tmp_path):
+    program = "object_detection/tools/train.py"
+    result = run_program(program, detector_config, "--cfg-options", "model.neck.in_channel=3", check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: {detector_config}: FPN has no argument 'in_channel'")
+    assert "Traceback" not in result.stderr
+    result = run_program("object_detection/tools/test.py", detector_config, tmp_path / "none.pth", check=False)
+    assert result.returncode == 65
+    assert "none.pth: no such file" in result.stderr
+
+
+def test_inference_with_the_libraries_own_programs(trained, detector_config, coco_scenes, tmp_path):
+    program = f"""
+import mambavision.openmmlab  # before mmdet, which imports mmcv's operators
+from mmdet.apis import DetInferencer
+inferencer = DetInferencer({str(detector_config)!r}, {str(trained / "epoch_2.pth")!r}, device="cpu")
+results = inferencer({str(coco_scenes / "val" / "00000.jpg")!r}, no_save_pred=True, no_save_vis=True)
+assert len(results["predictions"]) == 1
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
