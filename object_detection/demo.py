@@ -7,6 +7,7 @@ run, the backbone starts from what it learned there, with the same scans held ou
 from pathlib import Path
 
 from mambavision.openmmlab.demo import Demo, Score
+from mambavision.openmmlab.scenes import Options
 
 DEMO = Demo(
     title="Mask R-CNN on a small MambaVision",
@@ -14,6 +15,7 @@ DEMO = Demo(
     config="configs/mamba_vision/mask_rcnn_mamba_vision_digits.py",
     layout="coco",
     held_out="val",
+    scenes=Options(train=2400),
     scores=(
         Score("box AP", "coco/bbox_mAP", 100, 65.0),
         Score("box AP50", "coco/bbox_mAP_50", 100, 95.0),

@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 data_root = "{{$SCENES_ROOT:../output/demo-detection/scenes}}"
-epochs, batch_size = 8, 4
+epochs, batch_size = 4, 4
 
 # Model: the heads are as narrow as the backbone.
 width = 48
@@ -80,7 +80,7 @@ test_evaluator = val_evaluator
 
 # Schedule
 randomness = dict(seed=31)
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=epochs)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_begin=epochs + 1)  # tools/test.py scores
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -92,4 +92,4 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=150),
     dict(type="CosineAnnealingLR", by_epoch=True, T_max=epochs, eta_min=1e-5, convert_to_iter_based=True),
 ]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1), logger=dict(interval=50))
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=1), logger=dict(interval=100))
