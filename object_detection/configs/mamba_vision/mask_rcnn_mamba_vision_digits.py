@@ -39,7 +39,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=proposals,
-        rcnn=dict(sampler=dict(num=16, pos_fraction=0.5)),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
     ),
     test_cfg=dict(rpn=proposals, rcnn=dict(max_per_img=20)),
 )
