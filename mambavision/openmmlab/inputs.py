@@ -40,6 +40,7 @@ class Source:
     result: PurePath
     length: int = 1  # frames, as the file states them: containers may be wrong
     fps: float | None = None  # None for images
+    size: tuple[int, int] = (1, 1)  # height and width, upright
 
     @property
     def is_video(self) -> bool:
@@ -64,7 +65,8 @@ class Frame:
 def find_sources(given: Sequence[str], out: Path) -> list[Source]:
     """Return the images and videos that paths, folders and patterns name, each once; folders keep their layout.
 
-    All of them are decoded, videos as far as the first frame: a broken file shows before the slow work, not after it.
+    All of them are decoded as they will be, videos as far as the first frame: a broken file shows before the slow
+    work, not after it.
 
     Args:
         given: Paths of files and folders, patterns.
@@ -83,8 +85,8 @@ def find_sources(given: Sequence[str], out: Path) -> list[Source]:
     sources = []
     with ThreadPoolExecutor() as pool, progress("checking", len(paths)) as advance:
         try:
-            for path, result, (length, fps) in zip(paths, results, pool.map(_probe, paths), strict=True):
-                sources.append(Source(path, result, length, fps))
+            for path, result, (length, fps, size) in zip(paths, results, pool.map(_probe, paths), strict=True):
+                sources.append(Source(path, result, length, fps, size))
                 advance(1)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -129,23 +131,28 @@ def _unused(result: PurePath, taken: set[str]) -> PurePath:
     return free
 
 
-def _probe(path: Path) -> tuple[int, float | None]:
-    """Return the number of frames and, of a video, frames per second; raise a DataError if it cannot be decoded."""
+def _probe(path: Path) -> tuple[int, float | None, tuple[int, int]]:
+    """Return number of frames, frames per second of a video, and size; raise a DataError if it cannot be decoded."""
     if path.suffix.lower() not in VIDEOS:
-        _check_image(path)
-        return 1, None
+        return 1, None, check_image(path)
     video = cv2.VideoCapture(str(path))
     try:
-        if not video.read()[0]:
+        is_read, image = video.read()
+        if not is_read:
             raise DataError(f"{path}: cannot be read as a video: it is damaged, empty or in an unknown format.")
         fps = video.get(cv2.CAP_PROP_FPS)
-        return max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), fps if 0 < fps < 1000 else _FALLBACK_FPS
+        length = max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+        return length, fps if 0 < fps < 1000 else _FALLBACK_FPS, image.shape[:2]
     finally:
         video.release()
 
 
-def _check_image(path: Path) -> None:
-    """Raise a DataError for what Pillow finds broken: OpenCV fills up truncated images with grey."""
+def check_image(path: Path) -> tuple[int, int]:
+    """Return height and width of an upright image.
+
+    Raises:
+        DataError: It cannot be decoded as `read_frames` does it, or is cut short: OpenCV would fill it up with grey.
+    """
     try:
         with Image.open(path) as image:
             image.draft(None, (1, 1))  # an eighth of the size, where the format has it: only errors matter
@@ -155,6 +162,7 @@ def _check_image(path: Path) -> None:
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be decoded ({reason}); repair or remove it.") from error
+    return _read_image(path).shape[:2]
 
 
 def read_frames(sources: Iterable[Source]) -> Iterator[Frame]:
@@ -169,7 +177,8 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         image = mmcv.imfrombytes(path.read_bytes())
     except (OSError, cv2.error) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); repair or remove it.") from error
+        reason = getattr(error, "strerror", None) or getattr(error, "err", None) or error
+        raise DataError(f"{path}: cannot be decoded ({reason}); repair or remove it.") from error
     if image is None:
         raise DataError(f"{path}: cannot be decoded by OpenCV; convert it to JPEG or PNG.")
     return image
@@ -211,6 +220,11 @@ class Preparation:
         loading = {**first, "type": f"{cfg.default_scope}.LoadImageFromNDArray"}
         kept = [step for step in others if not str(step["type"]).endswith("LoadAnnotations")]
         self._steps = Compose([loading, *kept])
+
+    def check(self, sources: Iterable[Source]) -> None:
+        """Raise a DataError for a source of a size that the pipeline cannot handle, before slow work with others."""
+        for source in {source.size: source for source in sources}.values():
+            self(Frame(source, 0, np.zeros((*source.size, 3), np.uint8)))
 
     def __call__(self, frame: Frame) -> dict[str, Any]:
         try:

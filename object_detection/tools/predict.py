@@ -79,6 +79,7 @@ def predict(args: argparse.Namespace) -> None:
     sources = find_sources(args.inputs, out)
     pictures = None if args.no_pictures else Pictures(out, sources)
     detector = Detector(cfg, checkpoint, args.checkpoint, device)
+    detector.prepare.check(sources)
 
     results = Results(detector.classes)
     count = sum(source.length for source in sources)
@@ -127,7 +128,7 @@ class Detector:
         cfg.setdefault("default_scope", "mmdet")
         init_default_scope(cfg.default_scope)
         with explained(cfg.filename):
-            self._prepare = Preparation(cfg)
+            self.prepare = Preparation(cfg)
             meta = _meta(cfg, checkpoint, path)
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
         check_weights(model, checkpoint, path)
@@ -143,7 +144,7 @@ class Detector:
         """Return what each image shows with at least this score, on the CPU."""
         import torch
 
-        prepared = [self._prepare(frame) for frame in frames]
+        prepared = [self.prepare(frame) for frame in frames]
         with torch.inference_mode():
             samples = self._model.test_step({key: [each[key] for each in prepared] for key in prepared[0]})
         for sample in samples:

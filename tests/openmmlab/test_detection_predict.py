@@ -224,6 +224,8 @@ def broken(photos, name):
         path.write_bytes((photos / "a.png").read_bytes()[:-500])
     elif name == "text.mp4":
         path.write_text("hello")
+    elif name == "float.tif":  # Pillow reads it, OpenCV does not
+        Image.fromarray(np.zeros((48, 64), np.float32)).save(path)
     elif name == "empty":
         path.mkdir()
     return path
@@ -237,6 +239,7 @@ def broken(photos, name):
         ("text.jpg", r"text\.jpg: is not an image"),
         ("cut.jpg", r"cut\.jpg: cannot be decoded"),
         ("cut.png", r"cut\.png: cannot be decoded"),
+        ("float.tif", r"float\.tif: cannot be decoded by OpenCV; convert it"),
         ("text.mp4", r"text\.mp4: cannot be read as a video"),
     ],
 )
@@ -247,11 +250,12 @@ def test_broken_inputs_are_named_before_the_model_is_built(detect, photos, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_image_too_narrow_for_the_pipeline(detect, photos, tmp_path):
+def test_image_too_narrow_for_the_pipeline(tool, detect, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.Detector, "detect", lambda *_: pytest.fail("was found too late"))
     Image.new("RGB", (1000, 1)).save(photos / "line.png")
     with pytest.raises(DataError, match=r"line\.png: 1000 x 1 pixels are too narrow"):
         detect(photos / "a.jpg", photos / "line.png")
-    assert not (tmp_path / "out").exists()  # nor the picture of the image before it
+    assert not (tmp_path / "out").exists()
 
 
 def test_inputs_are_not_overwritten(detect, photos):
