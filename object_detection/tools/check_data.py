@@ -17,7 +17,7 @@ DOWNLOAD = (
     "COCO 2017 is at https://cocodataset.org/#download: unpack train2017.zip (18 GB), val2017.zip (1 GB) and "
     "annotations_trainval2017.zip (241 MB) in"
 )
-_SAMPLED_SIZES = 200
+_SAMPLED = 200
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root", default=root, metavar="DIR", help="its folder (default: $COCO_ROOT or data/coco, here %(default)s)")
     add("--ann", action="append", default=[], metavar="FILE", help="annotations, below --root; may be repeated")
     add("--images", action="append", default=[], metavar="DIR", help="folder of the images of the same --ann")
-    add("--full", action="store_true", help=f"open all images to check their sizes, not {_SAMPLED_SIZES} of each part")
+    add("--full", action="store_true", help=f"decode all images and check their sizes, not {_SAMPLED} of each part")
     args = parser.parse_args(argv)
     if len(args.ann) != len(args.images):
         parser.error("give as many --images as --ann")
@@ -79,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
 
 def _examine_part(ann: Path, images: Path, full: bool) -> "Findings":
     from mambavision.errors import DataError
-    from mambavision.openmmlab.coco import Findings, examine_annotations, missing_files, read_annotations, some
+    from mambavision.openmmlab.coco import Findings, examine_annotations, read_annotations, some, unusable_files
 
     try:
         findings = Findings(read_annotations(ann))
@@ -87,32 +87,45 @@ def _examine_part(ann: Path, images: Path, full: bool) -> "Findings":
         return Findings(problems=[str(error).rstrip(".")])
     examine_annotations(findings)
     findings.problems = [f"{ann}: {problem}" for problem in findings.problems]
-    missing = missing_files(findings.content["images"], images)
-    if missing:
-        findings.problems.append(f"{images}: without {some(missing)}")
-    absent = set(missing)
-    there = [image for image in findings.content["images"] if image["file_name"] not in absent]
-    step = 1 if full else max(1, len(there) // _SAMPLED_SIZES)
-    wrong = [wrong for image in there[::step] if (wrong := _wrong_size(image, images))]
-    if wrong:
-        findings.problems.append(f"{images}: other sizes than stated: {some(wrong)}")
+    missing, empty = unusable_files(findings.content["images"], images)
+    without = {*missing, *empty}
+    there = [image for image in findings.content["images"] if image["file_name"] not in without]
+    broken, wrong = _examine_images(there[:: 1 if full else max(1, len(there) // _SAMPLED)], images)
+    for what, names in (
+        ("without", missing),
+        ("empty files:", empty),
+        ("cannot be decoded as an image:", broken),
+        ("other sizes than stated:", wrong),
+    ):
+        if names:
+            findings.problems.append(f"{images}: {what} {some(names)}")
     return findings
 
 
-def _wrong_size(image: dict[str, Any], folder: Path) -> str:
-    """Return how an image's size contradicts its entry, or an empty string."""
-    from PIL import Image
+def _examine_images(entries: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[str]]:
+    """Return the images that cannot be decoded, and those whose size contradicts their entry."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    try:
-        with Image.open(folder / image["file_name"]) as picture:
-            width, height = picture.size
-            if picture.getexif().get(0x0112, 1) >= 5:  # is turned by a quarter when it is loaded
-                width, height = height, width
-    except OSError:
-        return f"{image['file_name']} (no image)"
-    if (width, height) == (image["width"], image["height"]):
-        return ""
-    return f"{image['file_name']} ({width} x {height}, stated: {image['width']} x {image['height']})"
+    from mambavision.errors import DataError
+    from mambavision.openmmlab.inputs import check_image
+    from mambavision.openmmlab.reporting import progress
+
+    def size(entry: dict[str, Any]) -> tuple[int, int] | None:
+        try:
+            return check_image(folder / entry["file_name"])
+        except DataError:
+            return None
+
+    broken, wrong = [], []
+    with ThreadPoolExecutor() as pool, progress("decoding", len(entries)) as advance:
+        for entry, found in zip(entries, pool.map(size, entries), strict=True):
+            name, stated = entry["file_name"], (entry["height"], entry["width"])
+            if found is None:
+                broken.append(name)
+            elif found != stated:
+                wrong.append(f"{name} ({found[1]} x {found[0]}, stated: {stated[1]} x {stated[0]})")
+            advance(1)
+    return broken, wrong
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ pytest.importorskip("mmdet")
 
 from mmengine.config import Config
 
-from mambavision.openmmlab.coco import Findings, check_datasets, examine_annotations, missing_files
+from mambavision.openmmlab.coco import Findings, check_datasets, examine_annotations, read_annotations, unusable_files
 
 CLASSES = ("cat", "dog", "kite")
 
@@ -166,6 +166,24 @@ def no_root(data):
     data.train.data_root = str(data.root.with_name("coco"))
 
 
+def set_value(key, name, value):
+    return lambda data: data.ann[key][1].update({name: value})
+
+
+def only_other_categories(data):
+    for entry in data.ann["annotations"]:
+        entry["category_id"] = 77
+
+
+def only_small_images(data):
+    data.train.filter_cfg = {"filter_empty_gt": True, "min_size": 31}
+
+
+def only_boxes_without_area(data):
+    for entry in data.ann["annotations"]:
+        entry["area"] = 0
+
+
 def no_annotations(data):
     data.train.ann_file = "ann/trian.json"
 
@@ -192,6 +210,9 @@ def other_ground_truth(data):
         (take_segmentation, r"annotations without segmentation: 2; a model with masks"),
         (repeat_id, r"annotations have the same id: 1; ids must be unique"),
         (more_classes, r"the config trains 3 classes, but num_classes of the model's heads is 3 and 80"),
+        (only_other_categories, r"train\.json: has no object of the config's classes: nothing to train on\.$"),
+        (only_boxes_without_area, r"has no object of the config's classes: nothing to train on\.$"),
+        (only_small_images, r"classes in images of at least 31 pixels \(filter_cfg\.min_size\): nothing to train on"),
         (other_ground_truth, r"val_evaluator\.ann_file is coco/val\.json, but val_dataloader reads .*train\.json"),
     ],
 )  # fmt: skip
@@ -208,6 +229,55 @@ def test_missing_image(data):
         data.check()
 
 
+def test_empty_image(data):
+    (data.images / "sub" / "1.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"pictures: has empty files: sub/1\.jpg; download or copy them again\.$"):
+        data.check()
+
+
+def test_images_behind_links(data):
+    (data.images / "sub").rename(data.root / "elsewhere")
+    (data.images / "sub").symlink_to("../elsewhere")
+    data.check()
+    (data.root / "elsewhere" / "1.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"has empty files: sub/1\.jpg;"):
+        data.check()
+
+
+def test_validation_data_need_no_object_of_the_classes(data, tmp_path):
+    other = Data(tmp_path / "other")
+    only_other_categories(other)
+    other.path.write_text(json.dumps(other.ann))
+    data.cfg.val_dataloader.dataset.data_root = str(other.root)
+    data.cfg.val_evaluator.ann_file = str(other.path)
+    data.check()
+
+
+WRONG_VALUES = [
+    ("annotations", "area", None, "null; it must be a finite number"),
+    ("annotations", "area", 10**400, r"10{39}\.\.\.; it must be a finite number"),
+    ("annotations", "id", [1], r"\[1\]; it must be a whole number or a text"),
+    ("annotations", "category_id", True, "true; it must be a whole number"),
+    ("annotations", "bbox", [1, 2], r"\[1, 2\]; it must be \[x, y, width, height\] in finite numbers"),
+    ("annotations", "bbox", [1, float("nan"), 9, 9], r"\[1, NaN, 9, 9\]; it must be \[x, y, width, height\]"),
+    ("images", "width", None, "null; it must be a finite number"),
+    ("images", "height", "30", '"30"; it must be a finite number'),
+    ("images", "file_name", 7, "7; it must be a text"),
+    ("categories", "name", 3, "3; it must be a text"),
+]
+
+
+@pytest.mark.parametrize(("key", "name", "value", "message"), WRONG_VALUES)
+def test_wrong_types_are_one_sentence_for_both_programs(tool, data, key, name, value, message):
+    set_value(key, name, value)(data)
+    message = rf"train\.json: entry 1 of {key} has the {name} {message}[^;]*\.$"
+    with pytest.raises(DataError, match=message) as caught:
+        data.check()
+    with pytest.raises(DataError, match="1 problem") as reported:
+        run(tool, data, *OWN)
+    assert str(caught.value) in str(reported.value)
+
+
 def test_remarks_do_not_stop_training(data, caplog):
     boxes = [[5, 5, 0, 4], [35, 5, 20, 4], [5, 5, 4, -1]]
     for entry, box in zip(data.ann["annotations"], boxes, strict=False):
@@ -218,24 +288,30 @@ def test_remarks_do_not_stop_training(data, caplog):
     assert "box outside the image: annotation 2" in caplog.text
 
 
-def test_only_the_first_process_of_a_machine_checks(data, monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+def test_every_process_checks_and_the_first_one_tells(data, monkeypatch, caplog):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING):
+        data.check()
+    assert not caplog.records
     no_root(data)
-    data.check()
+    with pytest.raises(DataError, match="no such folder"):
+        data.check()
 
 
 def test_large_data_are_fast(tmp_path):
     images = [{"id": n, "file_name": f"{n}.jpg", "width": 640, "height": 480} for n in range(5_000)]
     for image in images:
-        (tmp_path / image["file_name"]).touch()
+        (tmp_path / image["file_name"]).write_text("x")
     entry = {"category_id": 1, "bbox": [1, 1, 9, 9], "area": 1, "segmentation": [[1, 1, 2, 2, 3, 3]]}
     objects = [{"id": n, "image_id": n // 28, **entry} for n in range(140_000)]
-    findings = Findings({"images": images, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]})
+    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "ann.json").write_text(json.dumps(content))
     started = time.process_time()
+    findings = Findings(read_annotations(tmp_path / "ann.json"))
     examine_annotations(findings)
-    assert missing_files(images, tmp_path) == []
-    assert time.process_time() - started < 2  # COCO is six times as large
+    assert unusable_files(images, tmp_path) == ([], [])
+    assert time.process_time() - started < 4  # COCO is six times as large
     assert not findings.problems + findings.remarks
 
 
@@ -261,22 +337,45 @@ def test_table_of_good_data(tool, data, capsys):
 def test_unknown_references(tool, data, capsys):
     data.ann["annotations"][0]["image_id"] = 99
     data.ann["annotations"][1]["category_id"] = 98
-    data.ann["annotations"][2]["bbox"] = [1, 2]
+    data.ann["categories"].append({"id": 6, "name": "cat"})
     with pytest.raises(DataError, match=r"3 problem\(s\), .*json: image_id of no image: annotation 1"):
         run(tool, data, *OWN)
-    assert "train.json: bbox is not [x, y, width, height]: annotation 3\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "train.json: category_id of no category: annotation 2\n" in shown
+    assert "train.json: 2 categories have the name cat\n" in shown
 
 
-@pytest.mark.parametrize("content", ["other size", "text", "turned"])
+@pytest.mark.parametrize("change", [only_other_categories, only_boxes_without_area])
+def test_data_without_objects_are_not_good(tool, data, capsys, change):
+    change(data)
+    with pytest.raises(DataError, match="problem"):
+        run(tool, data, *OWN)
+    assert "train.json: no object that MMDetection would read\n" in capsys.readouterr().out
+
+
+def test_segmentation_is_left_to_the_config(tool, data, capsys):
+    take_segmentation(data)
+    run(tool, data, *OWN)
+    assert "no segmentation: annotation 2" in capsys.readouterr().out
+
+
+def test_damaged_images(tool, data, capsys):
+    cut = data.images / "sub" / "1.jpg"
+    cut.write_bytes(cut.read_bytes()[:-50])
+    (data.images / "sub" / "2.jpg").write_text("hello")
+    (data.images / "sub" / "0.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 problem\(s\), the first: .*pictures: empty files: sub/0\.jpg"):
+        run(tool, data, *OWN)
+    assert "pictures: cannot be decoded as an image: sub/1.jpg, sub/2.jpg\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["other size", "turned"])
 def test_sizes(tool, data, content):
     path = data.images / "sub" / "2.jpg"
-    if content == "text":
-        path.write_text("hello")
-    else:
-        image = Image.new("RGB", (40, 30) if content == "turned" else (41, 30))
-        image.getexif()[0x0112] = 6 if content == "turned" else 1
-        image.save(path, exif=image.getexif())
-    expected = {"other size": "41 x 30, stated: 40 x 30", "text": "no image", "turned": "30 x 40, stated"}[content]
+    image = Image.new("RGB", (40, 30) if content == "turned" else (41, 30))
+    image.getexif()[0x0112] = 6 if content == "turned" else 1
+    image.save(path, exif=image.getexif())
+    expected = {"other size": "41 x 30, stated: 40 x 30", "turned": "30 x 40, stated"}[content]
     with pytest.raises(DataError, match=rf"other sizes than stated: sub/2\.jpg \({expected}"):
         run(tool, data, *OWN, "--full")
 
