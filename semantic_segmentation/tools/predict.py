@@ -68,6 +68,7 @@ def predict(args: argparse.Namespace) -> None:
     sources = find_sources(args.inputs, out)
     pictures = Pictures(out, sources)
     segmenter = Segmenter(config, checkpoint, args.checkpoint, device)
+    segmenter.prepare.check(sources)
     overlay = Overlay(segmenter.classes, segmenter.palette, args.opacity)
 
     with pictures, progress("segmenting", sum(source.length for source in sources)) as advance:
@@ -121,7 +122,7 @@ class Segmenter:
         init_default_scope(config.default_scope)
         forget_pretrained(config)
         with explained(config.filename):
-            self._prepare = Preparation(config)
+            self.prepare = Preparation(config)
             self.classes, self.palette = _classes(config, checkpoint, path)
             model = revert_sync_batchnorm(MODELS.build(config.model))
         check_weights(model, checkpoint, path)
@@ -132,7 +133,7 @@ class Segmenter:
         """Return the class of each pixel, (H, W) uint8."""
         import torch
 
-        prepared = self._prepare(frame)
+        prepared = self.prepare(frame)
         with torch.inference_mode():
             sample = self._model.test_step({key: [value] for key, value in prepared.items()})[0]
         return sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import json
 import logging
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ pytest.importorskip("mmdet")
 
 from mmengine.config import Config
 
-from mambavision.openmmlab.coco import Findings, check_datasets, examine_annotations, read_annotations, unusable_files
+from mambavision.openmmlab.coco import check_datasets
 
 CLASSES = ("cat", "dog", "kite")
 
@@ -299,22 +298,6 @@ def test_every_process_checks_and_the_first_one_tells(data, monkeypatch, caplog)
         data.check()
 
 
-def test_large_data_are_fast(tmp_path):
-    images = [{"id": n, "file_name": f"{n}.jpg", "width": 640, "height": 480} for n in range(5_000)]
-    for image in images:
-        (tmp_path / image["file_name"]).write_text("x")
-    entry = {"category_id": 1, "bbox": [1, 1, 9, 9], "area": 1, "segmentation": [[1, 1, 2, 2, 3, 3]]}
-    objects = [{"id": n, "image_id": n // 28, **entry} for n in range(140_000)]
-    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]}
-    (tmp_path / "ann.json").write_text(json.dumps(content))
-    started = time.process_time()
-    findings = Findings(read_annotations(tmp_path / "ann.json"))
-    examine_annotations(findings)
-    assert unusable_files(images, tmp_path) == ([], [])
-    assert time.process_time() - started < 4  # COCO is six times as large
-    assert not findings.problems + findings.remarks
-
-
 # The program
 
 
@@ -393,9 +376,7 @@ def test_coco_must_be_complete(tool, tmp_path, capsys):
 
 def test_program(run_program, tmp_path):
     program = "object_detection/tools/check_data.py"
-    started = time.monotonic()
     run_program(program, "--help")
-    assert time.monotonic() - started < 3
     failed = run_program(program, check=False, COCO_ROOT="nowhere")
     assert failed.returncode == 65
     assert failed.stderr.startswith("error: nowhere: 2 problem(s), the first: nowhere/annotations/instances_train2017")

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -317,9 +316,7 @@ def test_video_that_cannot_be_written(detect, video, tmp_path, monkeypatch):
 
 
 def test_program(run_program, detector, photos):
-    started = time.monotonic()
     run_program("object_detection/tools/predict.py", "--help")
-    assert time.monotonic() - started < 3
     shutil.rmtree(photos / "more")
     words = [photos / "nothing", "--config", detector[0], "--checkpoint", detector[1], "--device", "cpu"]
     failed = run_program("object_detection/tools/predict.py", *words, check=False)
