@@ -53,20 +53,22 @@ class Overlay:
         shown = order if len(order) <= lines else order[: lines - 1]
         for line, index in enumerate(shown):
             top = line * _LINE_HEIGHT
-            share = f" {100 * counts[index] / mask.size:.0f} %"
+            share = 100 * counts[index] / mask.size
+            share = f"{share:.0f} %" if share >= 0.5 else "<1 %"
             name = self._fitted(self._classes[numbers[index]], share)
             box = (_MARGIN, top + 4, _MARGIN + 14, top + _LINE_HEIGHT - 4)
             pen.rectangle(box, fill=tuple(self._palette[numbers[index]].tolist()), outline=_INK)
-            pen.text((_MARGIN + 20, top + 3), name + share, fill=_INK, font=self._font)
+            pen.text((_MARGIN + 20, top + 3), name, fill=_INK, font=self._font)
+            pen.text((_LEGEND_WIDTH - _MARGIN, top + 3), share, fill=_INK, font=self._font, anchor="ra")
         if len(shown) < len(order):
             text = f"and {len(order) - len(shown)} more"
             pen.text((_MARGIN + 20, len(shown) * _LINE_HEIGHT + 3), text, fill=_INK, font=self._font)
         return np.asarray(picture)[..., ::-1]
 
-    def _fitted(self, name: str, rest: str) -> str:
-        """Shorten a name so that it fits into a line with what comes after it."""
-        room = _LEGEND_WIDTH - _MARGIN - 20
+    def _fitted(self, name: str, share: str) -> str:
+        """Shorten a name so that it fits into a line with what stands to the right of it."""
+        room = _LEGEND_WIDTH - 3 * _MARGIN - 20 - self._font.getlength(share)
         shortened = name
-        while shortened and self._font.getlength(shortened + rest) > room:
-            shortened = shortened[:-2].rstrip("…") + "…" if len(shortened) > 2 else ""
+        while self._font.getlength(shortened) > room:
+            shortened = shortened.rstrip("…")[:-1] + "…"
         return shortened
