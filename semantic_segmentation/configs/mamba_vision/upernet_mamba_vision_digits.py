@@ -78,7 +78,8 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=50),
-    dict(type="CosineAnnealingLR", by_epoch=False, T_max=iterations, eta_min=1e-5),
+    # The rate stays high until the model begins to tell the digits apart.
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=700, T_max=iterations - 700, eta_min=1e-5),
 ]
 default_hooks = dict(
     checkpoint=dict(type="SafeCheckpointHook", by_epoch=False, interval=300, max_keep_ckpts=1),
