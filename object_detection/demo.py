@@ -15,7 +15,7 @@ DEMO = Demo(
     config="configs/mamba_vision/mask_rcnn_mamba_vision_digits.py",
     layout="coco",
     held_out="val",
-    scenes=Options(train=2400),
+    scenes=Options(train=2000),
     scores=(
         Score("box AP", "coco/bbox_mAP", 100, 65.0),
         Score("box AP50", "coco/bbox_mAP_50", 100, 95.0),
