@@ -1,6 +1,7 @@
 """Shared fixtures: small models, a small data set of real scans, running programs, and training."""
 
 import csv
+import logging
 import os
 import subprocess
 import sys
@@ -37,6 +38,16 @@ def _offline(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _untouched_logger():
+    """Programs direct this package's messages for their whole process."""
+    yield
+    own = logging.getLogger("mambavision")
+    own.handlers.clear()
+    own.setLevel(logging.NOTSET)
+    own.propagate = True
 
 
 @pytest.fixture(params=SMALL)
