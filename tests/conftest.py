@@ -1,6 +1,7 @@
 """Shared fixtures: small models, a small data set of real scans, running programs, and training."""
 
 import csv
+import importlib.util
 import logging
 import os
 import subprocess
@@ -70,6 +71,14 @@ def digits(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * (255 / 16)).astype("uint8")).resize((32, 32)).save(folder / f"{number:02d}.png")
     return root
+
+
+def load_program(path):
+    """Import a program by its path below the repository: those of different tasks have the same names."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The README's commands and Python lines: cheap ones are run, the others are parsed by the programs' own parsers."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -13,7 +12,7 @@ import torch
 from timm.models import get_pretrained_cfg
 
 import mambavision
-from conftest import ROOT
+from conftest import ROOT, load_program
 from engine.options import predict_options, throughput_options, train_options, validate_options
 from mambavision.complexity import complexity
 
@@ -33,14 +32,6 @@ def commands():
     return found
 
 
-def tool(folder, name):
-    """Import a program of an OpenMMLab task."""
-    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 CLASSIFICATION = {
     "train.py": train_options,
     "validate.py": validate_options,
@@ -58,7 +49,7 @@ def parse_openmmlab(folder, program, words):
 
     name = Path(program).stem
     options = {"train": options_of_training, "test": options_of_test}.get(name)
-    args = options(words) if options else tool(folder, name).options(words)
+    args = options(words) if options else load_program(f"{folder}/{program}").options(words)
     assert (ROOT / folder / program).is_file()
     if "config" in args:
         load_config(args.config, args.cfg_options)

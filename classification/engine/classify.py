@@ -21,6 +21,7 @@ from engine.saved import Classifier, mixed_precision, open_classifier
 from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
 from mambavision.launch import pick_device, this_process
+from mambavision.reporting import start_logging
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Candidate:
 
 def predict(args: argparse.Namespace) -> None:
     """Classify all inputs and write predictions.txt, predictions.json and contact sheets to --out."""
-    report.start_logging(is_first=True)
+    start_logging()
     device = pick_device(args.device, this_process())
     if not (args.checkpoint or args.model):
         raise UserError("no model: give --checkpoint, or --model for released weights.")

@@ -1,4 +1,4 @@
-"""What a run tells: log lines, a progress bar on a terminal, TensorBoard, Weights & Biases, summary and curves."""
+"""What a run tells: a progress bar on a terminal, TensorBoard, Weights & Biases, summary and curves."""
 
 import csv
 import logging
@@ -9,40 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.utils.summary import trim_summary, update_summary
 
 from engine.run import SUMMARY
 from mambavision.checkpoint import replacing
 from mambavision.errors import UserError
+from mambavision.reporting import console, line_format
 
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0
 _BAR_TEXT_EVERY_SECONDS = 0.5
 _LINE_EVERY_SECONDS = 10.0
 
-_console = Console()
 _logger = logging.getLogger("engine")
-
-
-def start_logging(is_first: bool) -> None:
-    """Show log lines: coloured above the progress bar on a terminal, plain otherwise; only warnings of other ranks."""
-    if sys.stdout.isatty():
-        handler: logging.Handler = RichHandler(console=_console, show_path=False, show_level=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(_line_format())
-    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, handlers=[handler], force=True)
-    for noisy in ("httpx", "matplotlib", "PIL", "timm"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # has a handler of its own: its lines would show twice
-
-
-def _line_format() -> logging.Formatter:
-    return logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
 
 class ProgressLine:
@@ -58,7 +38,7 @@ class ProgressLine:
         self._bar = self._task = None
         if sys.stdout.isatty():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-            self._bar = Progress(*columns, console=_console, transient=True)
+            self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(name, total=total, completed=done)
             self._bar.start()
 
@@ -127,7 +107,7 @@ class RunReport:
         self._wandb = _start_wandb(folder, settings) if use_wandb else None
         self._curves_drawn = time.monotonic()
         self._log_file = logging.FileHandler(folder / "train.log")
-        self._log_file.setFormatter(_line_format())
+        self._log_file.setFormatter(line_format())
         logging.getLogger().addHandler(self._log_file)
 
     def epoch(

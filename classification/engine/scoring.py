@@ -25,6 +25,7 @@ from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
 from mambavision.factory import list_models
 from mambavision.launch import Process, join, leave, pick_device, this_process
+from mambavision.reporting import start_logging
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def validate(args: argparse.Namespace) -> None:
         data.find_split(args.data_dir, args.split, may_be_root=True)  # before any model is made or downloaded
     process = this_process()
     device = pick_device(args.device, process)
-    report.start_logging(process.is_first)
+    start_logging(process.is_first)
     if args.results_file and process.is_first:
         check_writable(args.results_file)
     if args.pretrained and args.checkpoint:

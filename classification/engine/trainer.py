@@ -24,6 +24,7 @@ from mambavision import resume
 from mambavision.checkpoint import check_writable, load_weights, read_checkpoint, save_checkpoint
 from mambavision.errors import BAD_DATA, CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, this_process
+from mambavision.reporting import start_logging
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def train(args: argparse.Namespace) -> None:
     """Train, or only evaluate with --validate-only."""
     process = this_process()
     device = pick_device(args.device, process)
-    report.start_logging(process.is_first)
+    start_logging(process.is_first)
     build.check_options(args, device)
     check_values(args)
     join(process, device)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import timm
@@ -74,11 +75,8 @@ class FeatureMaps:
             )
         if not -1 <= frozen_stages <= len(stages):
             raise BackboneArgumentError(f"frozen_stages must be from -1 to {len(stages)}, got {frozen_stages}")
-        norms = {
-            "ln2d": lambda width: LayerNorm2d(width, eps=1e-5),
-            "ln": lambda width: LayerNorm2d(width, eps=1e-5),
-            "bn": nn.BatchNorm2d,
-        }
+        layer_norm = partial(LayerNorm2d, eps=1e-5)
+        norms = {"ln2d": layer_norm, "ln": layer_norm, "bn": nn.BatchNorm2d}
         if norm_layer not in norms:
             raise BackboneArgumentError(f"norm_layer must be one of {', '.join(norms)}, got {norm_layer!r}")
         self.out_indices = tuple(out_indices)
@@ -95,13 +93,11 @@ class FeatureMaps:
         if stages < 0:
             return []
         groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
-        names = [name for group in range(stages + 1) for name in groups[group]]
-        names += [
-            f"outnorm{index}.{leaf}" for index in self.out_indices if index < stages for leaf in ("weight", "bias")
-        ]
-        for name in names:
-            owner = self.trunk if not name.startswith("outnorm") else self
-            owner.get_parameter(name).requires_grad_(False)
+        for name in (name for group in range(stages + 1) for name in groups[group]):
+            self.trunk.get_parameter(name).requires_grad_(False)
+        for index in self.out_indices:
+            if index < stages:
+                self.get_submodule(f"outnorm{index}").requires_grad_(False)
         return [module for module in self.modules() if module is not self and _is_frozen(module)]
 
     def forward(self, x: Tensor) -> list[Tensor] | Tensor:

@@ -236,7 +236,7 @@ def _check_dataset(dataset: dict[str, Any], model: dict[str, Any], is_trained: b
     if this_process().is_first:
         for remark in findings.problems + findings.remarks:
             _logger.warning("%s: %s", ann, remark)
-    _check_objects(ann, findings.content, dataset, is_trained)
+    _check_objects(ann, findings.content, dataset, classes, is_trained)
     return ann
 
 
@@ -254,10 +254,13 @@ def _places(dataset: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def _check_objects(
-    ann: Path, content: dict[str, list[dict[str, Any]]], dataset: dict[str, Any], is_trained: bool
+    ann: Path,
+    content: dict[str, list[dict[str, Any]]],
+    dataset: dict[str, Any],
+    classes: Sequence[str],
+    is_trained: bool,
 ) -> None:
     """Check that there are objects of the config's classes, and what its masks need."""
-    classes = dataset_meta(dataset)["classes"]
     objects = list(_objects(content, {each["id"] for each in content["categories"] if each["name"] in classes}))
     smallest = 0 if dataset.get("test_mode") else (dataset.get("filter_cfg") or {}).get("min_size", 0)
     left = {image["id"] for image in content["images"] if min(image["width"], image["height"]) >= smallest}

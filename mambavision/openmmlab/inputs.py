@@ -18,7 +18,8 @@ from mmengine.config import Config
 from PIL import Image, UnidentifiedImageError
 from timm.utils import natural_key
 
-from mambavision.errors import DataError, UserError, nearest
+from mambavision.errors import DataError, nearest
+from mambavision.openmmlab.config import pipeline_owner
 from mambavision.openmmlab.reporting import progress
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -211,12 +212,7 @@ class Preparation:
     """
 
     def __init__(self, cfg: Config) -> None:
-        dataset = cfg.get("test_dataloader", {}).get("dataset", {})
-        while "pipeline" not in dataset and ("dataset" in dataset or "datasets" in dataset):
-            dataset = dataset["dataset"] if "dataset" in dataset else dataset["datasets"][0]
-        if not dataset.get("pipeline"):
-            raise UserError(f"{cfg.filename}: has no pipeline in test_dataloader, which says how images are scaled.")
-        first, *others = dataset["pipeline"]
+        first, *others = pipeline_owner(cfg).pipeline
         loading = {**first, "type": f"{cfg.default_scope}.LoadImageFromNDArray"}
         kept = [step for step in others if not str(step["type"]).endswith("LoadAnnotations")]
         self._steps = Compose([loading, *kept])

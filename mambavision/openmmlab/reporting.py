@@ -7,13 +7,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mambavision import reporting
 
 _LINE_EVERY_SECONDS = 10.0
 
-_console = Console()
 _logger = logging.getLogger(__name__)
 
 
@@ -21,16 +20,7 @@ def start_logging() -> None:
     """Show log lines, above the progress bar on a terminal, plain otherwise; no warnings for developers."""
     if not sys.warnoptions:  # as set by python -W
         warnings.simplefilter("ignore")
-    if sys.stdout.isatty():
-        handler: logging.Handler = RichHandler(console=_console, show_path=False, show_level=False)
-        form = logging.Formatter("%(message)s")
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        form = logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    handler.setFormatter(form)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for noisy in ("matplotlib", "PIL", "timm"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    reporting.start_logging()
 
 
 @contextlib.contextmanager
@@ -38,7 +28,7 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that counts what is done: a bar on a terminal, a line now and then in a log."""
     if sys.stdout.isatty():
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        with Progress(*columns, console=_console, transient=True) as bar:
+        with Progress(*columns, console=reporting.console, transient=True) as bar:
             task = bar.add_task(name, total=total)
             yield lambda count: bar.advance(task, count)
         return

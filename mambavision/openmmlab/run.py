@@ -9,12 +9,12 @@ from typing import Any
 
 from mmengine import Config
 from mmengine.runner import CheckpointLoader, Runner
-from torch import nn
 
-from mambavision.checkpoint import check_writable, extract_state_dict, read_checkpoint
+from mambavision.checkpoint import check_writable, read_checkpoint
 from mambavision.errors import CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
 from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
+from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
 from mambavision.resume import newest_valid
 
 _logger = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ _logger = logging.getLogger(__name__)
 DataCheck = Callable[[Config], None]
 
 
-def _options(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, epilog=epilog)
+def _options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/NAME_OF_CONFIG)")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override")
@@ -209,46 +209,3 @@ def _process(args: argparse.Namespace) -> Process:
         raise UserError(f"--launcher {args.launcher}: this process was not started by {start}; leave the option out.")
     set_rendezvous(process)  # mmengine asks for LOCAL_RANK
     return process
-
-
-def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless most weights of a model are in a checkpoint, as for other classes."""
-    own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
-    fitting = sum(key in theirs and theirs[key].shape == own[key].shape for key in own)
-    if fitting < len(own) / 2:
-        raise CheckpointError(
-            f"{source}: is of another model than the config: only {fitting} of {len(own)} entries fit. For the weights "
-            "of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
-        )
-
-
-def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless a checkpoint holds exactly the weights of a model."""
-    own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
-    missing = [key for key in own if key not in theirs and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in theirs if key not in own]
-    reshaped = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    if any(problems.values()):
-        found = ", ".join(f"{len(keys)} {what} ({keys[0]})" for what, keys in problems.items() if keys)
-        raise CheckpointError(f"{source}: is of another model than the config: {found}.")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
-        model = model.module
-    return model
-
-
-def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError if a checkpoint was trained for other classes than a data set has."""
-    theirs = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
-    ours = dataset.metainfo.get("classes")
-    if theirs is None or ours is None or tuple(theirs) == tuple(ours):
-        return
-    differing = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), None)
-    where = f"; the first that differs is {differing[0]!r} there and {differing[1]!r} here" if differing else ""
-    raise CheckpointError(
-        f"{source}: was trained for {len(theirs)} classes, and the data have {len(ours)}{where}. Use the config it "
-        "was trained with, or give the data its classes in its order (metainfo)."
-    )

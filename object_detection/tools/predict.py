@@ -112,16 +112,13 @@ class Detector:
     """
 
     def __init__(self, cfg: "Config", checkpoint: dict[str, Any], path: str, device: "torch.device") -> None:
-        from mmdet.registry import MODELS
         from mmdet.visualization import DetLocalVisualizer
-        from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import init_default_scope
 
-        from mambavision.checkpoint import extract_state_dict
         from mambavision.errors import UserError
         from mambavision.openmmlab.config import explained
         from mambavision.openmmlab.inputs import Preparation
-        from mambavision.openmmlab.run import check_weights
+        from mambavision.openmmlab.weights import trained_model
 
         if "model" not in cfg:
             raise UserError(f"{cfg.filename}: has no model; give the config of a detector.")
@@ -130,10 +127,7 @@ class Detector:
         with explained(cfg.filename):
             self.prepare = Preparation(cfg)
             meta = _meta(cfg, checkpoint, path)
-            model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        check_weights(model, checkpoint, path)
-        model.load_state_dict(extract_state_dict(checkpoint), strict=False)  # old files have no batch counters
-        self._model = model.to(device).eval()
+        self._model = trained_model(cfg, checkpoint, path, device)
         self.classes: list[str] = list(meta["classes"])
         self._visualizer = DetLocalVisualizer(alpha=0.5)
         palette = meta.get("palette")

@@ -109,25 +109,17 @@ class Segmenter:
     """
 
     def __init__(self, config: "Config", checkpoint: dict[str, Any], path: str, device: "torch.device") -> None:
-        import mmseg.models  # noqa: F401 - registers them
-        from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import init_default_scope
-        from mmseg.registry import MODELS
 
-        from mambavision.checkpoint import extract_state_dict
-        from mambavision.openmmlab.config import explained, forget_pretrained
+        from mambavision.openmmlab.config import explained
         from mambavision.openmmlab.inputs import Preparation
-        from mambavision.openmmlab.run import check_weights
+        from mambavision.openmmlab.weights import trained_model
 
         init_default_scope(config.default_scope)
-        forget_pretrained(config)
         with explained(config.filename):
             self.prepare = Preparation(config)
             self.classes, self.palette = _classes(config, checkpoint, path)
-            model = revert_sync_batchnorm(MODELS.build(config.model))
-        check_weights(model, checkpoint, path)
-        model.load_state_dict(extract_state_dict(checkpoint), strict=False)  # old files have no batch counters
-        self._model = model.to(device).eval()
+        self._model = trained_model(config, checkpoint, path, device)
 
     def segment(self, frame: "Frame") -> "np.ndarray":
         """Return the class of each pixel, (H, W) uint8."""

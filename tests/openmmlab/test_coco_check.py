@@ -1,7 +1,6 @@
 """Checks of data sets in COCO's layout: before training, and by object_detection/tools/check_data.py."""
 
 import copy
-import importlib.util
 import json
 import logging
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import load_program
 from mambavision.errors import DataError
 
 pytest.importorskip("mmdet")
@@ -89,10 +88,7 @@ def data(tmp_path):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("check_data", ROOT / "object_detection/tools/check_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("object_detection/tools/check_data.py")
 
 
 # Before training

@@ -1,6 +1,5 @@
 """The demos of detection and segmentation: what they run, and that they go on with what was interrupted."""
 
-import importlib.util
 import itertools
 import json
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, load_program
 from mambavision.openmmlab import demo as shared
 
 TASKS = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}
@@ -17,10 +16,7 @@ TASKS = {"object_detection": "demo-detection", "semantic_segmentation": "demo-se
 
 @pytest.fixture(params=TASKS)
 def task(request):
-    spec = importlib.util.spec_from_file_location(f"{request.param}_demo", ROOT / request.param / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.DEMO
+    return load_program(f"{request.param}/demo.py").DEMO
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Training, resuming and scoring a small detector, and everything that can be wrong before."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -10,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, identical
+from conftest import ROOT, identical, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, OutputError, UserError
 from mambavision.openmmlab import run
@@ -23,10 +22,7 @@ CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"
 def load_tool(name, monkeypatch):
     """Import a program as it is when it is run: with its folder on the path."""
     monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location(f"detection_{name}", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(f"object_detection/tools/{name}.py")
 
 
 def forget_last_run():

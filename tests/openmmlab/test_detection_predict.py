@@ -1,6 +1,5 @@
 """object_detection/tools/predict.py."""
 
-import importlib.util
 import json
 import shutil
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
+from conftest import load_program
 from mambavision import save_checkpoint
 from mambavision.errors import CheckpointError, DataError, OutputError, UserError
 
@@ -59,10 +58,7 @@ test_dataloader = dict(
 
 @pytest.fixture(scope="session")
 def tool():
-    spec = importlib.util.spec_from_file_location("detection_predict", ROOT / "object_detection/tools/predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("object_detection/tools/predict.py")
 
 
 @pytest.fixture(scope="session")

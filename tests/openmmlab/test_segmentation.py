@@ -1,6 +1,5 @@
 """Training, resuming, scoring and predicting with a small segmentation model, and everything that can be wrong."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, identical
+from conftest import ROOT, identical, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
 from mambavision.openmmlab import run
@@ -25,10 +24,7 @@ def load_tool(name, monkeypatch):
     """Import a program as it is when it is run: with its folder on the path."""
     monkeypatch.syspath_prepend(str(TOOLS))
     sys.modules.pop("check_data", None)  # the other task's programs have a module of the same name
-    spec = importlib.util.spec_from_file_location(f"segmentation_{name}", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(f"semantic_segmentation/tools/{name}.py")
 
 
 def forget_visualizer():

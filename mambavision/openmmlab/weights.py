@@ -1,0 +1,77 @@
+"""Weights in checkpoints: whether they are a model's, and models that have them."""
+
+from typing import Any
+
+import torch
+from mmengine import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from torch import nn
+
+from mambavision.checkpoint import extract_state_dict
+from mambavision.errors import CheckpointError
+from mambavision.openmmlab.config import explained, forget_pretrained
+
+
+def trained_model(config: Config, checkpoint: dict[str, Any], source: str, device: torch.device) -> nn.Module:
+    """Build the model of a config for inference, with the weights of a checkpoint.
+
+    Args:
+        config: Its config, whose scope must be the default.
+        checkpoint: Content of a checkpoint of it.
+        source: Names the checkpoint in messages.
+        device: Where it is going to run.
+
+    Raises:
+        UserError: The config contradicts itself.
+        CheckpointError: The checkpoint is of another model.
+    """
+    forget_pretrained(config)
+    with explained(config.filename):
+        model = revert_sync_batchnorm(MODELS.build(config.model))
+    check_weights(model, checkpoint, source)
+    model.load_state_dict(extract_state_dict(checkpoint), strict=False)  # old files have no batch counters
+    return model.to(device).eval()
+
+
+def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError unless most weights of a model are in a checkpoint, as for other classes."""
+    own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
+    fitting = sum(key in theirs and theirs[key].shape == own[key].shape for key in own)
+    if fitting < len(own) / 2:
+        raise CheckpointError(
+            f"{source}: is of another model than the config: only {fitting} of {len(own)} entries fit. For the weights "
+            "of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
+        )
+
+
+def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError unless a checkpoint holds exactly the weights of a model."""
+    own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
+    missing = [key for key in own if key not in theirs and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in theirs if key not in own]
+    reshaped = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    if any(problems.values()):
+        found = ", ".join(f"{len(keys)} {what} ({keys[0]})" for what, keys in problems.items() if keys)
+        raise CheckpointError(f"{source}: is of another model than the config: {found}.")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
+        model = model.module
+    return model
+
+
+def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError if a checkpoint was trained for other classes than a data set has."""
+    theirs = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
+    ours = dataset.metainfo.get("classes")
+    if theirs is None or ours is None or tuple(theirs) == tuple(ours):
+        return
+    differing = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), None)
+    where = f"; the first that differs is {differing[0]!r} there and {differing[1]!r} here" if differing else ""
+    raise CheckpointError(
+        f"{source}: was trained for {len(theirs)} classes, and the data have {len(ours)}{where}. Use the config it "
+        "was trained with, or give the data its classes in its order (metainfo)."
+    )
