@@ -195,15 +195,17 @@ def extract_state_dict(
     return state_dict
 
 
-def without_prefixes(state_dict: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    """Return the entries below the prefix of wrappers or larger models under which most keys are those of the model.
+def in_layout_of(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries below the prefix of wrappers or larger models under which most keys are those of a model.
 
     Args:
+        model: Whose keys they are to be. Its `convert_state_dict`, if it has one, translates from other layouts.
         state_dict: Weights as found in a file.
-        own: Keys of the model they are meant for.
     """
-    own = set(own)
-    prefix, below = max(_below_prefixes(state_dict), key=lambda candidate: len(own & candidate[1].keys()))
+    own = model.state_dict().keys()
+    convert = getattr(model, "convert_state_dict", lambda entries: entries)
+    candidates = ((prefix, convert(entries)) for prefix, entries in _below_prefixes(state_dict))
+    prefix, below = max(candidates, key=lambda candidate: len(own & candidate[1].keys()))
     if left_out := len(state_dict) - len(below):
         _logger.info("took the %d entries below %r and left out %d others", len(below), prefix, left_out)
     return below
@@ -275,7 +277,7 @@ def load_weights(
     skip_head: bool = False,
 ) -> LoadReport:
     """Do what `load_checkpoint` does with the content of a file read before; `source` names it in messages."""
-    state_dict = without_prefixes(extract_state_dict(checkpoint, ema, source), model.state_dict())
+    state_dict = in_layout_of(model, extract_state_dict(checkpoint, ema, source))
     return _load(model, state_dict, source, strict=strict, skip_head=skip_head)
 
 
@@ -286,7 +288,7 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
     averaged or repeated over channels as timm does.
     """
     config = model.pretrained_cfg
-    state_dict = without_prefixes(extract_state_dict(read_checkpoint(path), source=str(path)), model.state_dict())
+    state_dict = in_layout_of(model, extract_state_dict(read_checkpoint(path), source=str(path)))
     first = config["first_conv"] + ".weight"
     channels = model.get_parameter(first).shape[1]
     if first in state_dict and state_dict[first].shape[1] != channels:

@@ -26,6 +26,8 @@ SMALL = {
         "window_size": (8, 8, 4, 2),
         "num_classes": 10,
     },
+    "vmamba_tiny_s1l8": {"dims": 16, "depths": (1, 1, 2, 1), "num_classes": 10},
+    "vanilla_vmamba_tiny": {"dims": 16, "depths": (1, 1, 2, 1), "ssm_d_state": 4, "num_classes": 10},
 }
 
 

@@ -56,8 +56,7 @@ def test_features_only_gives_four_maps(shape_only):
 
 def test_pretrained_config_is_complete(shape_only):
     config = shape_only.pretrained_cfg
-    assert config["hf_hub_id"]
-    assert config["hf_hub_filename"]
+    assert config.get("url") or (config["hf_hub_id"] and config["hf_hub_filename"])
     assert config["license"]
     assert shape_only.get_parameter(config["first_conv"] + ".weight").shape[1] == shape_only.in_chans
     assert shape_only.get_submodule(config["classifier"]) is shape_only.get_classifier()
@@ -84,7 +83,9 @@ def test_weight_decay_exceptions_are_parameters(shape_only):
 
 @torch.inference_mode()
 def test_any_input_size(small_model):
-    for height, width in [(1, 1), (31, 33), (100, 36), (64, 64)]:
+    # Patches of 4x4 pixels, with which the oldest VMamba begins, need as many.
+    smallest = 4 if small_model.pretrained_cfg["architecture"].startswith("vanilla") else 1
+    for height, width in [(smallest, smallest), (31, 33), (100, 36), (64, 64)]:
         assert small_model(images(1, height, width)).isfinite().all()
 
 
@@ -184,8 +185,9 @@ def test_classifier_can_be_replaced(small_model):
 
 
 def test_new_classifiers_start_like_the_first(small_model):
+    first = mambavision.create_model(small_model.pretrained_cfg["architecture"], num_classes=1000)
     small_model.reset_classifier(1000)
-    for head in (small_model.head, mambavision.create_model(NAMES[0], num_classes=1000).head):
+    for head in (small_model.get_classifier(), first.get_classifier()):
         assert head.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert not head.bias.any()
 

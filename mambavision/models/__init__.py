@@ -1,5 +1,6 @@
 """The architectures, one file each. Importing this package registers their models with timm."""
 
 from mambavision.models.mambavision import MambaVision
+from mambavision.models.vmamba import VMamba
 
-__all__ = ["MambaVision"]
+__all__ = ["MambaVision", "VMamba"]

@@ -1,12 +1,28 @@
 """Layers shared by the architectures."""
 
 import contextlib
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import timm.models
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Activation = Literal["silu", "gelu", "relu", "sigmoid"]
+
+
+def activation(name: Activation) -> type[nn.Module]:
+    """Return the module of an activation."""
+    check_choice("activation", name, Activation)
+    return {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}[name]
+
+
+def check_choice(name: str, value: object, literal: object) -> None:
+    """Raise a ValueError if the value of an argument is not among those of its Literal type."""
+    if value not in get_args(literal):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, got {value!r}")
 
 
 def checkpoint(module: nn.Module, *args: Any) -> Tensor:
@@ -31,6 +47,13 @@ def _without_statistics(module: nn.Module) -> Iterator[None]:
         for norm, momentum, count in before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+
+@torch.no_grad()
+def init_dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+    """Initialise the bias of a scan's step size as Mamba does: softplus(bias) log-uniform in [dt_min, dt_max]."""
+    dt = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:

@@ -7,27 +7,18 @@ Parameter names and numbers are those of the released checkpoints.
 """
 
 import math
-import os
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    Attention,
-    DropPath,
-    Mlp,
-    calculate_drop_path_rates,
-    create_classifier,
-    trunc_normal_,
-)
+from timm.layers import Attention, DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from mambavision.checkpoint import LoadReport, load_pretrained
 from mambavision.models.build import build
-from mambavision.models.layers import checkpoint, window_partition, window_reverse
+from mambavision.models.layers import check_choice, init_dt_bias_, window_partition, window_reverse
+from mambavision.models.staged import Stage, StagedModel, init_linear
 from vision_kernels import conv1d_silu, selective_scan
 
 DtInit = Literal["published", "mamba"]
@@ -104,13 +95,10 @@ class MambaVisionMixer(nn.Module):
         self.conv1d_x = nn.Conv1d(inner, inner, d_conv, padding="same", groups=inner, bias=False)
         self.conv1d_z = nn.Conv1d(inner, inner, d_conv, padding="same", groups=inner, bias=False)
 
-    def init_dt(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
-        """Initialise the step size as Mamba does: softplus(bias) log-uniform in [dt_min, dt_max]."""
+    def init_dt(self) -> None:
+        """Initialise the step size as Mamba does."""
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        with torch.no_grad():
-            log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max))
-            dt = log_dt.exp().clamp(min=dt_floor)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        init_dt_bias_(self.dt_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch x windows, tokens, dim) -> same shape."""
@@ -171,20 +159,17 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-class Level(nn.Module):
-    """A stage. `forward` gives its features; `downsample` leads on to the next stage."""
+class Level(Stage):
+    """A stage of convolution blocks, or of token blocks on windows."""
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module, window: int | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
+        super().__init__(blocks, downsample)
         self.window = window  # None: the blocks are convolutions and take the map as it is
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim, H, W) -> same shape."""
         if self.window is None:
-            return self._run_blocks(x)
+            return self.run_blocks(x)
         height, width = x.shape[-2:]
         pad_bottom, pad_right = -height % self.window, -width % self.window
         if pad_bottom or pad_right:
@@ -192,26 +177,11 @@ class Level(nn.Module):
             x = F.pad(x, (0, pad_right, 0, pad_bottom))
         padded_height, padded_width = height + pad_bottom, width + pad_right
         windows_per_image = (padded_height // self.window) * (padded_width // self.window)
-        tokens = self._run_blocks(window_partition(x, self.window), windows_per_image)
+        tokens = self.run_blocks(window_partition(x, self.window), windows_per_image)
         return window_reverse(tokens, self.window, padded_height, padded_width)[:, :, :height, :width]
 
-    def _run_blocks(self, x: Tensor, *args: Any) -> Tensor:
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, *args)
-            else:
-                x = block(x, *args)
-        return x
 
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-class MambaVision(nn.Module):
+class MambaVision(StagedModel):
     """MambaVision classifier and backbone.
 
     The defaults of the last three arguments are what the published results were trained with, where that differs from
@@ -242,6 +212,10 @@ class MambaVision(nn.Module):
         drop_path_per_image: Stochastic depth drops whole images, as usual, instead of single windows.
     """
 
+    stages_name = "levels"
+    norm_name = "norm"
+    head_name = "head"
+
     def __init__(
         self,
         dim: int,
@@ -265,8 +239,7 @@ class MambaVision(nn.Module):
         drop_path_per_image: bool = False,
     ) -> None:
         super().__init__()
-        if dt_init not in ("published", "mamba"):
-            raise ValueError(f"dt_init must be 'published' or 'mamba', got {dt_init!r}")
+        check_choice("dt_init", dt_init, DtInit)
         self.in_chans = in_chans
         self.num_features = dim * 8
         self.decay_A_log = decay_A_log
@@ -304,135 +277,20 @@ class MambaVision(nn.Module):
             self.levels.append(Level(blocks, downsample, window_size[stage] if stage >= 2 else None))
             self.feature_info.append({"num_chs": width, "reduction": 4 * 2**stage, "module": f"levels.{stage}"})
         self.norm = nn.BatchNorm2d(self.num_features)
-        self._create_classifier(num_classes, global_pool)
+        self._create_head(num_classes, global_pool)
         self._init_weights(dt_init)
 
     def _init_weights(self, dt_init: DtInit) -> None:
         for module in self.modules():
-            _init_linear(module)
+            init_linear(module)
         if dt_init == "mamba":
             for module in self.modules():
                 if isinstance(module, MambaVisionMixer):
                     module.init_dt()
 
-    def load_pretrained(self, path: str | os.PathLike) -> LoadReport:
-        """Load a released file; timm calls this with what it downloaded."""
-        return load_pretrained(self, path)
-
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the optimizer should not decay beyond biases and other vectors."""
         return set() if self.decay_A_log else {name for name, _ in self.named_parameters() if name.endswith("A_log")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups in the order of depth, for layer-wise learning rates."""
-        after_blocks = (99999,)  # timm: with the group before
-        fine = [
-            (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-            (r"^levels\.(\d+)\.downsample", after_blocks),
-            (r"^norm", after_blocks),
-        ]
-        return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)" if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations of the blocks in the backward pass instead of keeping them."""
-        for level in self.levels:
-            level.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; `num_classes` 0 removes it.
-
-        Args:
-            num_classes: Classes of the new one.
-            global_pool: Pooling type; None keeps the present one, or is avg if there is none and a classifier needs it.
-        """
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
-        self._create_classifier(num_classes, global_pool)
-        _init_linear(self.head)
-
-    def _create_classifier(self, num_classes: int, global_pool: str) -> None:
-        if num_classes and not global_pool:
-            raise ValueError(f"a classifier for {num_classes} classes needs global_pool: avg, max, avgmax or catavgmax")
-        reference = next(self.parameters())
-        self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return features of the stages, each before its downsampling.
-
-        Args:
-            x: (batch, in_chans, H, W) images.
-            indices: Stages to return: the last n, a list, or None for all.
-            norm: Apply the final normalisation to the last stage's features.
-            stop_early: Do not run stages behind the last one asked for.
-            output_fmt: NCHW or NHWC.
-            intermediates_only: Return the features only.
-
-        Returns:
-            The final features as `forward_features` gives them, and the list of stage features; or that list alone.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.levels), indices)
-        levels = self.levels[: last + 1] if stop_early else self.levels
-        intermediates = []
-        x = self.patch_embed(x)
-        for index, level in enumerate(levels):
-            x = level(x)
-            if index in take:
-                feature = self.norm(x) if norm and index == len(self.levels) - 1 else x
-                feature = feature if output_fmt == "NCHW" else feature.permute(0, 2, 3, 1)
-                intermediates.append(feature.contiguous())
-            if index < len(levels) - 1:
-                x = level.downsample(x)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if len(levels) == len(self.levels) else x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the stage features `indices` do not need."""
-        take, last = feature_take_indices(len(self.levels), indices)
-        if last < len(self.levels) - 1:
-            self.num_features = self.feature_info[last]["num_chs"]
-            prune_norm = prune_head = True  # both are sized for the last stage
-        self.levels = self.levels[: last + 1]
-        self.levels[last].downsample = nn.Identity()
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
-        x = self.patch_embed(x)
-        for level in self.levels:
-            x = level.downsample(level(x))
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(batch, num_features, H/32, W/32) -> (batch, num_features) if `pre_logits`, else (batch, num_classes)."""
-        x = self.global_pool(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _cfg(repository: str, filename: str, **kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""SS2D, VMamba's token mixer: selective scans of a map along four routes (Liu et al. 2024, https://arxiv.org/abs/2401.10166)."""
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from mambavision.models.layers import Activation, activation, check_choice, init_dt_bias_
+from vision_kernels import selective_scan, ss2d
+
+Routes = Literal["cross", "unidirectional", "bidirectional", "cascade"]
+OutNorm = Literal["layer", "depthwise", "layer_depthwise", "softmax", "sigmoid", "none"]
+ScanInit = Literal["mamba", "normal", "uniform"]
+
+NORM_EPS = 1e-5
+
+
+class SS2D(nn.Module):
+    """Selective scans of a map along four routes, between two linear layers.
+
+    Args:
+        dim: Channels of the map.
+        d_state: States of the scan for each channel.
+        ratio: Channels that are scanned over `dim`.
+        dt_rank: Rank of the step size's projection; "auto" for dim / 16, rounded up.
+        act_layer: Activation in front of the scan.
+        conv_size: Side of the depthwise convolution in front of the activation; below 2 for none.
+        conv_bias: Bias in that convolution.
+        gate: Multiply the result with a second projection of the input, as Mamba does.
+        gate_act: Pass that projection through the activation.
+        routes: "cross": rows and columns, forwards and backwards; "unidirectional": four times by rows;
+            "bidirectional": twice by rows forwards, twice backwards; "cascade": rows one by one, forwards and
+            backwards, then columns the same way. The cascade adds the backward scan to the forward one without
+            turning it round again, as the original does.
+        out_norm: What follows the scan: "layer" norm, a "depthwise" 3x3 convolution or both, "softmax" over the
+            positions of each channel, "sigmoid", or "none".
+        out_act: GELU behind that.
+        drop: Dropout of the output.
+        init: Of the scan's parameters. "mamba": state matrix 1, 2, ..., log-uniform step sizes; "normal" and "uniform":
+            random numbers of these distributions (the original's v1 and v2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ratio: float = 2.0,
+        dt_rank: int | Literal["auto"] = "auto",
+        act_layer: Activation = "silu",
+        conv_size: int = 3,
+        conv_bias: bool = True,
+        gate: bool = False,
+        gate_act: bool = True,
+        routes: Routes = "cross",
+        out_norm: OutNorm = "layer",
+        out_act: bool = False,
+        drop: float = 0.0,
+        init: ScanInit = "mamba",
+    ) -> None:
+        super().__init__()
+        check_choice("routes", routes, Routes)
+        self.routes = routes
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        inner = int(ratio * dim)
+        self.x_proj_weight = nn.Parameter(torch.empty(4, self.dt_rank + 2 * d_state, inner))
+        self.A_logs = nn.Parameter(torch.empty(4 * inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(4 * inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, self.dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
+        self.out_norm = _out_norm(out_norm, inner)
+        self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
+        self.conv2d = (
+            nn.Conv2d(inner, inner, conv_size, padding=(conv_size - 1) // 2, groups=inner, bias=conv_bias)
+            if conv_size > 1
+            else nn.Identity()
+        )
+        self.act = activation(act_layer)()
+        self.gate = gate
+        self.gate_act = activation(act_layer)() if gate_act else nn.Identity()
+        self.out_act = nn.GELU() if out_act else nn.Identity()
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.drop = nn.Dropout(drop)
+        self.reset_scan_parameters(init)
+
+    @torch.no_grad()
+    def reset_scan_parameters(self, init: ScanInit) -> None:
+        """Initialise the parameters of the scan."""
+        check_choice("init", init, ScanInit)
+        inner = self.x_proj_weight.shape[2]
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # as a linear layer for each route
+        nn.init.ones_(self.Ds)
+        if init == "mamba":
+            self.A_logs.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_logs))
+            nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            init_dt_bias_(self.dt_projs_bias)
+        elif init == "normal":
+            self.A_logs.normal_()
+            self.dt_projs_weight.normal_(std=0.1)
+            self.dt_projs_bias.normal_(std=0.1)
+        else:
+            self.A_logs.zero_()
+            self.dt_projs_weight.uniform_(0, 0.1)
+            self.dt_projs_bias.uniform_(0, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, height, width, dim) -> same shape."""
+        x = self.in_proj(x)
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        x = self.act(self.conv2d(x.permute(0, 3, 1, 2)))
+        # The scan adds up in float32 and hands that to the norm, unless the whole model is of lower precision.
+        y = self._scan(x, out_dtype=torch.promote_types(x.dtype, self.Ds.dtype))
+        y = self.out_act(self.out_norm(y).to(x.dtype)).permute(0, 2, 3, 1)
+        if self.gate:
+            y = y * self.gate_act(z)
+        return self.drop(self.out_proj(y))
+
+    def _scan(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        # float32 whatever the model's dtype, float64 included, as in the original
+        A, D = -torch.exp(self.A_logs.float()), self.Ds.float()
+        if self.routes != "cascade":
+            projections = self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias
+            return ss2d(x, *projections, A, D, routes=self.routes, out_dtype=out_dtype)
+        by_rows = self._scan_lines(x.permute(0, 2, 3, 1), slice(0, 2), A, D, out_dtype)
+        by_columns = self._scan_lines(by_rows.transpose(1, 2).to(x.dtype), slice(2, 4), A, D, out_dtype)
+        return by_columns.permute(0, 3, 2, 1)
+
+    def _scan_lines(self, x: Tensor, routes: slice, A: Tensor, D: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """Scan each line of a normalised map forwards and backwards, by the parameters of two routes.
+
+        (batch, lines, length, inner) -> same shape.
+        """
+        batch, lines, length, inner = x.shape
+        x = F.layer_norm(x, (inner,), eps=NORM_EPS).flatten(0, 1)
+        u = torch.stack([x, x.flip(1)], dim=2)  # (batch x lines, length, 2 routes, inner)
+        projected = torch.einsum("blki,kci->blkc", u, self.x_proj_weight[routes].to(x.dtype))
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = torch.einsum("blkr,kir->blki", dt, self.dt_projs_weight[routes].to(x.dtype))
+        y = selective_scan(
+            u.flatten(2),
+            delta.flatten(2),
+            A.unflatten(0, (4, inner))[routes].flatten(0, 1),
+            B,
+            C,
+            D.unflatten(0, (4, inner))[routes].flatten(),
+            delta_bias=self.dt_projs_bias[routes].float().flatten(),
+            delta_softplus=True,
+            channels_last=True,
+            out_dtype=out_dtype,
+        )
+        return y.unflatten(2, (2, inner)).sum(2).view(batch, lines, length, inner)
+
+
+class SpatialSoftmax(nn.Module):
+    """Softmax over the positions of each channel, (batch, channels, height, width) -> same shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).softmax(dim=-1).view_as(x)
+
+
+def _out_norm(kind: OutNorm, dim: int) -> nn.Module:
+    check_choice("out_norm", kind, OutNorm)
+    layer_norm = partial(LayerNorm2d, dim, eps=NORM_EPS)
+    depthwise = partial(nn.Conv2d, dim, dim, 3, padding=1, groups=dim, bias=False)
+    # The places of layers without parameters keep the names of the others as in checkpoints.
+    return {
+        "layer": layer_norm,
+        "depthwise": lambda: nn.Sequential(nn.Identity(), depthwise()),
+        "layer_depthwise": lambda: nn.Sequential(layer_norm(), nn.Identity(), depthwise()),
+        "softmax": SpatialSoftmax,
+        "sigmoid": nn.Sigmoid,
+        "none": nn.Identity,
+    }[kind]()

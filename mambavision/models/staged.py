@@ -1,0 +1,193 @@
+"""What a classifier and backbone of several stages can do, whatever its checkpoints call its parts."""
+
+import os
+from typing import Any
+
+from timm.layers import create_classifier, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from mambavision.checkpoint import LoadReport, load_pretrained
+from mambavision.models.layers import checkpoint
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution. `forward` gives the features; `downsample` leads on to the next stage."""
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def run_blocks(self, x: Tensor, *args: Any) -> Tensor:
+        """Pass x through the blocks; `args` go to each of them."""
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, *args)
+            else:
+                x = block(x, *args)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, width, H, W) -> same shape."""
+        return self.run_blocks(x)
+
+
+class StagedModel(nn.Module):
+    """A stem, stages, a final norm, pooling and a linear classifier, with timm's interface to them.
+
+    A subclass builds the parts under the names of its checkpoints and says what these are; it calls `_create_head` with
+    the options of the classifier, and `init_linear` where it initialises its weights. Between the parts maps are
+    (batch, width, H, W), in any memory format.
+    """
+
+    stem_name = "patch_embed"
+    stages_name: str
+    norm_name: str
+    head_name: str
+
+    num_classes: int
+    num_features: int  # width of the last stage
+    feature_info: list[dict[str, Any]]  # timm's description of each stage
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        return self.get_submodule(self.stages_name)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.get_submodule(self.norm_name)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> the map that enters the first stage."""
+        return self.get_submodule(self.stem_name)(x)
+
+    def load_pretrained(self, path: str | os.PathLike) -> LoadReport:
+        """Load a released file; timm calls this with what it downloaded."""
+        return load_pretrained(self, path)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups in the order of depth, for layer-wise learning rates."""
+        after_blocks = (99999,)  # timm: with the group before
+        fine = [
+            (rf"^{self.stages_name}\.(\d+)\.blocks\.(\d+)", None),
+            (rf"^{self.stages_name}\.(\d+)\.downsample", after_blocks),
+            (rf"^{self.norm_name}", after_blocks),
+        ]
+        return {"stem": rf"^{self.stem_name}", "blocks": rf"^{self.stages_name}\.(\d+)" if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations of the blocks in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.get_submodule(self.head_name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; `num_classes` 0 removes it.
+
+        Args:
+            num_classes: Classes of the new one.
+            global_pool: Pooling type; None keeps the present one, or is avg if there is none and a classifier needs it.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
+        self._create_head(num_classes, global_pool)
+        init_linear(self.get_classifier())
+
+    def _create_head(self, num_classes: int, global_pool: str) -> None:
+        if num_classes and not global_pool:
+            raise ValueError(f"a classifier for {num_classes} classes needs global_pool: avg, max, avgmax or catavgmax")
+        reference = next(self.parameters())
+        self.num_classes = num_classes
+        self.global_pool, head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype
+        )
+        self._put(self.head_name, head)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        """Make a module the part of this name, new or not."""
+        parent, _, leaf = name.rpartition(".")
+        self.get_submodule(parent).add_module(leaf, module)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return features of the stages, each before its downsampling.
+
+        Args:
+            x: (batch, in_chans, H, W) images.
+            indices: Stages to return: the last n, a list, or None for all.
+            norm: Apply the final normalisation to the last stage's features.
+            stop_early: Do not run stages behind the last one asked for.
+            output_fmt: NCHW or NHWC.
+            intermediates_only: Return the features only.
+
+        Returns:
+            The final features as `forward_features` gives them, and the list of stage features; or that list alone.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        intermediates = []
+        x = self.forward_stem(x)
+        for index, stage in enumerate(stages):
+            x = stage(x)
+            if index in take:
+                feature = self.final_norm(x) if norm and index == len(self.stages) - 1 else x
+                feature = feature if output_fmt == "NCHW" else feature.permute(0, 2, 3, 1)
+                intermediates.append(feature.contiguous())
+            if index < len(stages) - 1:
+                x = stage.downsample(x)
+        if intermediates_only:
+            return intermediates
+        return self.final_norm(x) if len(stages) == len(self.stages) else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the stage features `indices` do not need."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        if last < len(self.stages) - 1:
+            self.num_features = self.feature_info[last]["num_chs"]
+            prune_norm = prune_head = True  # both are sized for the last stage
+        self._put(self.stages_name, self.stages[: last + 1])
+        self.stages[last].downsample = nn.Identity()
+        if prune_norm:
+            self._put(self.norm_name, nn.Identity())
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
+        x = self.forward_stem(x)
+        for stage in self.stages:
+            x = stage.downsample(stage(x))
+        return self.final_norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(batch, num_features, H/32, W/32) -> (batch, num_features) if `pre_logits`, else (batch, num_classes)."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.get_classifier()(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as the originals do; other modules keep what they have."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
