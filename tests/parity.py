@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 DATA = Path(__file__).parent / "data"
+LOGITS_TOLERANCE = 1e-4  # MambaVision's have a standard deviation of about 3
 
 
 def recorded(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -60,3 +61,12 @@ def image(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     """Return a (batch, 3, height, width) float32 standard-normal input."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return torch.from_numpy(rng.standard_normal((batch, 3, height, width), dtype=np.float32))
+
+
+def loss_and_gradient_norms(model: torch.nn.Module, images: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """Return the mean of the squared logits and the norm of its gradient by each parameter."""
+    loss = model(images).square().mean()
+    loss.backward()
+    # float32 norms of large tensors are off by 1e-4
+    norms = {name: parameter.grad.double().norm().item() for name, parameter in model.named_parameters()}
+    return loss.item(), norms
