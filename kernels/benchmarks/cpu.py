@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -221,6 +222,25 @@ def model() -> Iterator[Row]:
     yield Row("share of the scan in MambaVision-T", *share, share[0] / share[1], 0.02, 0.01, "of the whole", "ms")
 
 
+def vmamba() -> Iterator[Row]:
+    """VMamba-T as a whole, against itself around the unfused SS2D."""
+    import mambavision
+
+    torch.set_num_threads(2)
+    model, image = mambavision.create_model("vmamba_tiny_s1l8").eval(), torch.randn(1, 3, 224, 224)
+
+    def unfused(*tensors: Tensor, routes: str, out_dtype: torch.dtype) -> Tensor:
+        return unfused_ss2d(*tensors)
+
+    def baseline() -> Tensor:
+        with unittest.mock.patch("mambavision.models.ss2d.ss2d", unfused):
+            return model(image)
+
+    with torch.inference_mode():
+        require_agreement("VMamba-T", model(image), baseline(), 1e-5)
+        yield compare("VMamba-T (s1l8), batch 1, forward", lambda: model(image), baseline, 2.5, 4)
+
+
 def share_of_scan(model: torch.nn.Module, image: Tensor) -> tuple[float, float]:
     """Return the milliseconds that one forward pass spends in the scan, and in all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -231,7 +251,7 @@ def share_of_scan(model: torch.nn.Module, image: Tensor) -> tuple[float, float]:
     return scan_us / 5e3, sum(event.self_cpu_time_total for event in events) / 5e3
 
 
-SECTIONS = {"scan": scan, "routes": routes, "ss2d": scan_2d, "attention": attention, "model": model}
+SECTIONS = {"scan": scan, "routes": routes, "ss2d": scan_2d, "attention": attention, "model": model, "vmamba": vmamba}
 
 
 def main() -> None:
