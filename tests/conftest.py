@@ -27,6 +27,14 @@ SMALL = {
         "num_classes": 10,
     },
     "vmamba_tiny_s1l8": {"dims": 16, "depths": (1, 1, 2, 1), "num_classes": 10},
+    "segman_encoder_t": {
+        "embed_dims": (8, 16, 24, 32),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 1, 2, 2),
+        "projection": 24,
+        "layer_scale": 1e-2,
+        "num_classes": 10,
+    },
     "vanilla_vmamba_tiny": {"dims": 16, "depths": (1, 1, 2, 1), "ssm_d_state": 4, "num_classes": 10},
 }
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import timm.models
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,6 +48,37 @@ def _without_statistics(module: nn.Module) -> Iterator[None]:
         for norm, momentum, count in before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+
+# Modules of maps with the channels last, (batch, height, width, channels) -> the same with other channels.
+
+
+class BatchNormLast(nn.BatchNorm2d):
+    """Batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Convolution of each channel by itself, which keeps height and width."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PointwiseConv(nn.Linear):
+    """Linear layer over the last dimension, whose weight is stored as that of a 1x1 convolution."""
+
+    def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
+        super().__init__(in_features, out_features, **kwargs)
+        self.weight = nn.Parameter(self.weight[..., None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ class MambaVision(StagedModel):
     """
 
     stages_name = "levels"
-    norm_name = "norm"
+    norm_names = ("norm",)
     head_name = "head"
 
     def __init__(

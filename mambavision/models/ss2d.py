@@ -1,4 +1,7 @@
-"""SS2D, VMamba's token mixer: selective scans of a map along four routes (Liu et al. 2024, https://arxiv.org/abs/2401.10166)."""
+"""Selective scans of a map along four routes, with their parameters (Liu et al. 2024, https://arxiv.org/abs/2401.10166).
+
+`SS2D` is VMamba's token mixer, `VSSM` the bare scan that SegMAN has inside its own.
+"""
 
 import math
 from functools import partial
@@ -19,7 +22,80 @@ ScanInit = Literal["mamba", "normal", "uniform"]
 NORM_EPS = 1e-5
 
 
-class SS2D(nn.Module):
+class FourRoutes(nn.Module):
+    """The parameters of selective scans along four routes.
+
+    Args:
+        inner: Channels that are scanned.
+        d_state: States for each of them.
+        dt_rank: Rank of the projection that gives the step size.
+        x_proj_shape: In which `x_proj_weight` is stored, (4, dt_rank + 2 d_state, inner) being its content.
+        init: "mamba": state matrix 1, 2, ..., log-uniform step sizes; "normal" and "uniform": random numbers of these
+            distributions (VMamba's v1 and v2).
+    """
+
+    def __init__(
+        self, inner: int, d_state: int, dt_rank: int, x_proj_shape: tuple[int, int, int], init: ScanInit = "mamba"
+    ) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.x_proj_weight = nn.Parameter(torch.empty(x_proj_shape))
+        self.A_logs = nn.Parameter(torch.empty(4 * inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(4 * inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
+        self.reset_scan_parameters(init)
+
+    @torch.no_grad()
+    def reset_scan_parameters(self, init: ScanInit) -> None:
+        """Initialise the parameters of the scan."""
+        check_choice("init", init, ScanInit)
+        inner = self.dt_projs_bias.shape[1]
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # as a linear layer for each route
+        nn.init.ones_(self.Ds)
+        if init == "mamba":
+            self.A_logs.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_logs))
+            nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            init_dt_bias_(self.dt_projs_bias)
+        elif init == "normal":
+            self.A_logs.normal_()
+            self.dt_projs_weight.normal_(std=0.1)
+            self.dt_projs_bias.normal_(std=0.1)
+        else:
+            self.A_logs.zero_()
+            self.dt_projs_weight.uniform_(0, 0.1)
+            self.dt_projs_bias.uniform_(0, 0.1)
+
+    def scan(self, x: Tensor, routes: str = "cross") -> Tensor:
+        """(batch, inner, height, width) -> same shape, in float32 unless the whole model is of another precision."""
+        x_proj_weight = self.x_proj_weight.view(4, -1, x.shape[1])
+        out_dtype = torch.promote_types(x.dtype, self.Ds.dtype)
+        projections = x_proj_weight, self.dt_projs_weight, self.dt_projs_bias
+        return ss2d(x, *projections, *self.state_matrices(), routes=routes, out_dtype=out_dtype)
+
+    def state_matrices(self) -> tuple[Tensor, Tensor]:
+        """Return A (4 inner, d_state) and D (4 inner), in float32 whatever the model's dtype, as in the originals."""
+        return -torch.exp(self.A_logs.float()), self.Ds.float()
+
+
+class VSSM(FourRoutes):
+    """The scan by itself, as SegMAN uses it.
+
+    Args:
+        dim: Channels of the map, all of which are scanned, with one state each.
+    """
+
+    def __init__(self, dim: int) -> None:
+        dt_rank = math.ceil(dim / 16)
+        super().__init__(dim, 1, dt_rank, (4 * (dt_rank + 2), dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, height, width, dim) -> same shape, in float32 unless the whole model is of another precision."""
+        return self.scan(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SS2D(FourRoutes):
     """Selective scans of a map along four routes, between two linear layers.
 
     Args:
@@ -40,8 +116,7 @@ class SS2D(nn.Module):
             positions of each channel, "sigmoid", or "none".
         out_act: GELU behind that.
         drop: Dropout of the output.
-        init: Of the scan's parameters. "mamba": state matrix 1, 2, ..., log-uniform step sizes; "normal" and "uniform":
-            random numbers of these distributions (the original's v1 and v2).
+        init: Of the scan's parameters, see `FourRoutes`.
     """
 
     def __init__(
@@ -61,17 +136,11 @@ class SS2D(nn.Module):
         drop: float = 0.0,
         init: ScanInit = "mamba",
     ) -> None:
-        super().__init__()
         check_choice("routes", routes, Routes)
-        self.routes = routes
-        self.d_state = d_state
-        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
         inner = int(ratio * dim)
-        self.x_proj_weight = nn.Parameter(torch.empty(4, self.dt_rank + 2 * d_state, inner))
-        self.A_logs = nn.Parameter(torch.empty(4 * inner, d_state))
-        self.Ds = nn.Parameter(torch.ones(4 * inner))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, self.dt_rank))
-        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
+        dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        super().__init__(inner, d_state, dt_rank, (4, dt_rank + 2 * d_state, inner), init)
+        self.routes = routes
         self.out_norm = _out_norm(out_norm, inner)
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
         self.conv2d = (
@@ -85,27 +154,6 @@ class SS2D(nn.Module):
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.drop = nn.Dropout(drop)
-        self.reset_scan_parameters(init)
-
-    @torch.no_grad()
-    def reset_scan_parameters(self, init: ScanInit) -> None:
-        """Initialise the parameters of the scan."""
-        check_choice("init", init, ScanInit)
-        inner = self.x_proj_weight.shape[2]
-        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # as a linear layer for each route
-        nn.init.ones_(self.Ds)
-        if init == "mamba":
-            self.A_logs.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_logs))
-            nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            init_dt_bias_(self.dt_projs_bias)
-        elif init == "normal":
-            self.A_logs.normal_()
-            self.dt_projs_weight.normal_(std=0.1)
-            self.dt_projs_bias.normal_(std=0.1)
-        else:
-            self.A_logs.zero_()
-            self.dt_projs_weight.uniform_(0, 0.1)
-            self.dt_projs_bias.uniform_(0, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, height, width, dim) -> same shape."""
@@ -113,29 +161,24 @@ class SS2D(nn.Module):
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         x = self.act(self.conv2d(x.permute(0, 3, 1, 2)))
-        # The scan adds up in float32 and hands that to the norm, unless the whole model is of lower precision.
-        y = self._scan(x, out_dtype=torch.promote_types(x.dtype, self.Ds.dtype))
+        y = self._cascade(x) if self.routes == "cascade" else self.scan(x, self.routes)
         y = self.out_act(self.out_norm(y).to(x.dtype)).permute(0, 2, 3, 1)
         if self.gate:
             y = y * self.gate_act(z)
         return self.drop(self.out_proj(y))
 
-    def _scan(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        # float32 whatever the model's dtype, float64 included, as in the original
-        A, D = -torch.exp(self.A_logs.float()), self.Ds.float()
-        if self.routes != "cascade":
-            projections = self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias
-            return ss2d(x, *projections, A, D, routes=self.routes, out_dtype=out_dtype)
-        by_rows = self._scan_lines(x.permute(0, 2, 3, 1), slice(0, 2), A, D, out_dtype)
-        by_columns = self._scan_lines(by_rows.transpose(1, 2).to(x.dtype), slice(2, 4), A, D, out_dtype)
-        return by_columns.permute(0, 3, 2, 1)
+    def _cascade(self, x: Tensor) -> Tensor:
+        """Scan the rows, then the columns of what came out. (batch, inner, height, width) -> same shape."""
+        by_rows = self._scan_lines(x.permute(0, 2, 3, 1), slice(0, 2))
+        return self._scan_lines(by_rows.transpose(1, 2).to(x.dtype), slice(2, 4)).permute(0, 3, 2, 1)
 
-    def _scan_lines(self, x: Tensor, routes: slice, A: Tensor, D: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def _scan_lines(self, x: Tensor, routes: slice) -> Tensor:
         """Scan each line of a normalised map forwards and backwards, by the parameters of two routes.
 
         (batch, lines, length, inner) -> same shape.
         """
         batch, lines, length, inner = x.shape
+        A, D = self.state_matrices()
         x = F.layer_norm(x, (inner,), eps=NORM_EPS).flatten(0, 1)
         u = torch.stack([x, x.flip(1)], dim=2)  # (batch x lines, length, 2 routes, inner)
         projected = torch.einsum("blki,kci->blkc", u, self.x_proj_weight[routes].to(x.dtype))
@@ -151,7 +194,7 @@ class SS2D(nn.Module):
             delta_bias=self.dt_projs_bias[routes].float().flatten(),
             delta_softplus=True,
             channels_last=True,
-            out_dtype=out_dtype,
+            out_dtype=torch.promote_types(x.dtype, self.Ds.dtype),
         )
         return y.unflatten(2, (2, inner)).sum(2).view(batch, lines, length, inner)
 

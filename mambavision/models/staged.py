@@ -1,6 +1,8 @@
 """What a classifier and backbone of several stages can do, whatever its checkpoints call its parts."""
 
 import os
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import create_classifier, trunc_normal_
@@ -10,11 +12,13 @@ from torch import Tensor, nn
 from mambavision.checkpoint import LoadReport, load_pretrained
 from mambavision.models.layers import checkpoint
 
+AFTER_BLOCKS = (99999,)  # timm's mark for parameters that belong to the group before them
+
 
 class Stage(nn.Module):
-    """Blocks at one resolution. `forward` gives the features; `downsample` leads on to the next stage."""
+    """Blocks at one resolution; `downsample`, where a stage owns that, leads on to the next stage."""
 
-    def __init__(self, blocks: list[nn.Module], downsample: nn.Module) -> None:
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -44,20 +48,31 @@ class StagedModel(nn.Module):
 
     stem_name = "patch_embed"
     stages_name: str
-    norm_name: str
+    norm_names: tuple[str, ...]  # applied one after the other
     head_name: str
 
     num_classes: int
-    num_features: int  # width of the last stage
+    num_features: int  # width of the map that is pooled
     feature_info: list[dict[str, Any]]  # timm's description of each stage
 
     @property
-    def stages(self) -> nn.ModuleList:
+    def stages(self) -> Sequence[Stage]:
         return self.get_submodule(self.stages_name)
 
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.get_submodule(self.norm_name)
+    def downsample(self, index: int) -> nn.Module:
+        """Return what leads from a stage to the next; behind the last one it changes nothing."""
+        return self.stages[index].downsample
+
+    def _cut(self, last: int) -> None:
+        """Remove what comes after a stage."""
+        self._put(self.stages_name, self.stages[: last + 1])
+        self.stages[last].downsample = nn.Identity()
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Apply the layers between the last stage and the pooling."""
+        for name in self.norm_names:
+            x = self.get_submodule(name)(x)
+        return x
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(batch, in_chans, H, W) -> the map that enters the first stage."""
@@ -67,13 +82,16 @@ class StagedModel(nn.Module):
         """Load a released file; timm calls this with what it downloaded."""
         return load_pretrained(self, path)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the optimizer should not decay beyond biases and other vectors."""
+        return set()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups in the order of depth, for layer-wise learning rates."""
-        after_blocks = (99999,)  # timm: with the group before
         fine = [
             (rf"^{self.stages_name}\.(\d+)\.blocks\.(\d+)", None),
-            (rf"^{self.stages_name}\.(\d+)\.downsample", after_blocks),
-            (rf"^{self.norm_name}", after_blocks),
+            (rf"^{self.stages_name}\.(\d+)\.downsample", AFTER_BLOCKS),
+            *((rf"^{re.escape(name)}\.", AFTER_BLOCKS) for name in self.norm_names),
         ]
         return {"stem": rf"^{self.stem_name}", "blocks": rf"^{self.stages_name}\.(\d+)" if coarse else fine}
 
@@ -148,7 +166,7 @@ class StagedModel(nn.Module):
                 feature = feature if output_fmt == "NCHW" else feature.permute(0, 2, 3, 1)
                 intermediates.append(feature.contiguous())
             if index < len(stages) - 1:
-                x = stage.downsample(x)
+                x = self.downsample(index)(x)
         if intermediates_only:
             return intermediates
         return self.final_norm(x) if len(stages) == len(self.stages) else x, intermediates
@@ -159,12 +177,12 @@ class StagedModel(nn.Module):
         """Remove what the stage features `indices` do not need."""
         take, last = feature_take_indices(len(self.stages), indices)
         if last < len(self.stages) - 1:
-            self.num_features = self.feature_info[last]["num_chs"]
             prune_norm = prune_head = True  # both are sized for the last stage
-        self._put(self.stages_name, self.stages[: last + 1])
-        self.stages[last].downsample = nn.Identity()
+        self._cut(last)
         if prune_norm:
-            self._put(self.norm_name, nn.Identity())
+            self.num_features = self.feature_info[last]["num_chs"]
+            for name in self.norm_names:
+                self._put(name, nn.Identity())
         if prune_head:
             self.reset_classifier(0, "")
         return take
@@ -172,8 +190,8 @@ class StagedModel(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
         x = self.forward_stem(x)
-        for stage in self.stages:
-            x = stage.downsample(stage(x))
+        for index, stage in enumerate(self.stages):
+            x = self.downsample(index)(stage(x))
         return self.final_norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

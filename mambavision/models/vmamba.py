@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambavision.models.build import build
-from mambavision.models.layers import Activation, activation, check_choice
+from mambavision.models.layers import Activation, BatchNormLast, activation, check_choice
 from mambavision.models.ss2d import NORM_EPS, SS2D, OutNorm, Routes, ScanInit
 from mambavision.models.staged import Stage, StagedModel, init_linear
 
@@ -28,13 +28,6 @@ Stem = Literal["overlapping", "patch"]
 Downsample = Literal["conv3x3", "conv2x2", "merge"]
 
 _layer_norm_2d = partial(LayerNorm2d, eps=NORM_EPS)
-
-
-class BatchNormLast(nn.BatchNorm2d):
-    """Batch norm of (batch, height, width, channels)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 # By name: for maps with the channels last, and for maps with the channels first.
@@ -125,7 +118,7 @@ class VMamba(StagedModel):
     """
 
     stages_name = "layers"
-    norm_name = "classifier.norm"
+    norm_names = ("classifier.norm",)
     head_name = "classifier.head"
 
     def __init__(

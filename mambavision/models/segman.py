@@ -1,0 +1,393 @@
+"""SegMAN's encoder: scans and neighbourhood attention in one mixer (Fu et al. 2024, https://arxiv.org/abs/2412.11890).
+
+Four stages at strides 4, 8, 16 and 32. In the first three, every block attends to the neighbourhood of each pixel and
+scans what comes out; in the last one, attention to the neighbourhood is followed by attention to the whole map.
+
+Parameter names and numbers are those of the released checkpoints.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from mambavision.models.build import build
+from mambavision.models.layers import BatchNormLast, DepthwiseConv, PointwiseConv
+from mambavision.models.ss2d import VSSM
+from mambavision.models.staged import AFTER_BLOCKS, Stage, StagedModel
+from vision_kernels import neighborhood_attention
+
+NORM_EPS = 1e-6
+_REFERENCE_SIZE = 224  # of the images whose positions the global bias was trained for
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding of two axes (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    The first half of the channels turns with the row, the second with the column. The frequencies are part of
+    checkpoints.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4)
+        self.register_buffer("angle", frequencies.repeat_interleave(2))
+
+    def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, (height, width, head_dim) each."""
+        rows = torch.arange(height, device=self.angle.device)[:, None] * self.angle
+        columns = torch.arange(width, device=self.angle.device)[:, None] * self.angle
+        rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
+        theta = torch.cat([rows, columns], dim=-1)
+        return theta.cos(), theta.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of channels of x (..., height, width, head_dim) by angles (height, width, head_dim)."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-second, first], dim=-1).flatten(-2) * sin
+
+
+class TokenMixer(nn.Module):
+    """Attention to the neighbourhood, then a scan, or attention to the whole map.
+
+    Args:
+        dim: Channels.
+        heads: Heads of attention.
+        window: Side of the neighbourhood. On maps that are smaller, the largest odd one that fits.
+        is_global: Attend to the whole map instead of scanning it.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, is_global: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.is_global = is_global
+        self.scale = (dim // heads) ** -0.5
+        self.qkv = PointwiseConv(dim, 3 * dim)
+        self.lepe = DepthwiseConv(dim, 5)
+        self.proj = PointwiseConv(dim, dim)
+        biases = [torch.zeros(heads, 2 * window - 1, 2 * window - 1)]
+        if is_global:
+            tokens = (_REFERENCE_SIZE // 32) ** 2
+            biases.append(torch.zeros(heads, tokens, tokens))
+        else:
+            self.dwconv = nn.Sequential(DepthwiseConv(dim, 3), BatchNormLast(dim))
+            self.ssm = VSSM(dim)
+            self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.rpb = nn.ParameterList(nn.Parameter(bias) for bias in biases)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, height, width, dim) -> same shape; the angles are those of `RotaryEmbedding`."""
+        qkv = self.qkv(x)
+        local_bias = self.lepe(qkv.chunk(3, dim=-1)[2])
+        # (3, batch, heads, height, width, head_dim)
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        query, key = rotate(query, cos, sin) * self.scale, rotate(key, cos, sin)
+        attended = self._attend_locally(query, key, value)
+        if self.is_global:
+            y = _merge_heads(self._attend_globally(query, key, attended))
+        else:
+            y = _merge_heads(attended)
+            y = y + self.norm(self.ssm(F.silu(self.dwconv(y))))
+        return self.proj(y + local_bias)
+
+    def _attend_locally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All (batch, heads, height, width, head_dim)."""
+        smaller = min(*query.shape[2:4])
+        window = min(self.window, smaller - 1 + smaller % 2)
+        bias, margin = self.rpb[0], self.window - window
+        if margin:
+            bias = bias[:, margin:-margin, margin:-margin]
+        return neighborhood_attention(query, key, value, window, bias=bias)
+
+    def _attend_globally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `_attend_locally`. The values are what the local attention gave."""
+        tokens = [each.flatten(2, 3) for each in (query, key, value)]
+        bias, length = self.rpb[1], tokens[0].shape[2]
+        if bias.shape[-1] != length:
+            # The original resizes the matrix of all pairs like a picture, and its weights were trained with that.
+            bias = F.interpolate(bias[None].float(), (length, length), mode="bicubic")[0].to(bias.dtype)
+        mask = bias.to(query.dtype).expand(query.shape[0], -1, -1, -1)
+        return F.scaled_dot_product_attention(*tokens, attn_mask=mask, scale=1.0).unflatten(2, query.shape[2:4])
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, height, width, head_dim) -> (batch, height, width, heads x head_dim)."""
+    return x.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+class ConvMlp(nn.Module):
+    """MLP with a residual depthwise convolution of its hidden layer."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = PointwiseConv(dim, hidden)
+        self.dwconv = DepthwiseConv(hidden, 3)
+        self.fc2 = PointwiseConv(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x + self.dwconv(x))
+
+
+class LayerScale(nn.Module):
+    """A scale and a shift of each channel, stored as those of a convolution."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), value))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.flatten() + self.bias
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm residual block of a mixer and an MLP, each behind a convolution that tells positions apart.
+
+    Args:
+        mixer: Called with the normalised map and whatever else `forward` gets.
+        hidden: Width inside the MLP.
+        drop_path: Stochastic depth.
+        layer_scale: Initial scale of the branches; None for no scale.
+    """
+
+    def __init__(
+        self, dim: int, mixer: nn.Module, hidden: int, drop_path: float = 0.0, layer_scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.cpe1 = DepthwiseConv(dim, 3)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.token_mixer = mixer
+        self.cpe2 = DepthwiseConv(dim, 3)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = ConvMlp(dim, hidden)
+        self.drop_path = DropPath(drop_path)
+        self.layer_scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.layer_scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """(batch, height, width, dim) -> same shape."""
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.layer_scale1(self.token_mixer(self.norm1(x), *args)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+
+class SegMANStage(Stage):
+    """Blocks with the channels last, and the position embedding that they share."""
+
+    def __init__(self, blocks: list[nn.Module], head_dim: int) -> None:
+        super().__init__(blocks)
+        self.rope = RotaryEmbedding(head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, dim, H, W) -> same shape."""
+        return self.run_blocks(x.permute(0, 2, 3, 1), *self.rope(*x.shape[2:])).permute(0, 3, 1, 2)
+
+
+class SegMANEncoder(StagedModel):
+    """SegMAN's encoder: classifier and backbone.
+
+    Args:
+        embed_dims: Width of each stage.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage.
+        window_size: Side of the neighbourhood of each stage.
+        mlp_ratios: Hidden width of the MLPs over their input width, of each stage.
+        projection: Width of the layer in front of the classifier.
+        layer_scale: Initial scale of the branches; None for no scale.
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0.
+        in_chans: Channels of the images.
+        num_classes: Classes; 0 gives pooled features instead of logits.
+        global_pool: timm's pooling types: avg, max, avgmax, catavgmax, or an empty string for none.
+    """
+
+    stages_name = "layers"
+    norm_names = ("classifier.0", "classifier.1", "classifier.2")
+    head_name = "classifier.4"
+
+    def __init__(
+        self,
+        embed_dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: Sequence[int],
+        mlp_ratios: Sequence[float],
+        projection: int = 1024,
+        layer_scale: float | None = None,
+        drop_path_rate: float = 0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.num_features = projection
+        self.patch_embed = _stem(in_chans, embed_dims[0])
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.layers = nn.ModuleList()  # stages and what leads from each to the next, by turns
+        self.feature_info = []
+        last = len(depths) - 1
+        for stage, (dim, heads, ratio) in enumerate(zip(embed_dims, num_heads, mlp_ratios, strict=True)):
+            blocks = [
+                ResidualBlock(
+                    dim, TokenMixer(dim, heads, window_size[stage], stage == last), int(dim * ratio), rate, layer_scale
+                )
+                for rate in drop_paths[stage]
+            ]
+            self.layers.append(SegMANStage(blocks, dim // heads))
+            self.layers.append(_downsample(dim, embed_dims[stage + 1]) if stage < last else nn.Identity())
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**stage, "module": f"layers.{2 * stage}"})
+        self.classifier = nn.ModuleDict(
+            {"0": nn.Conv2d(embed_dims[-1], projection, 1), "1": nn.BatchNorm2d(projection), "2": nn.SiLU()}
+        )
+        self._create_head(num_classes, global_pool)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        return self.layers[0::2]
+
+    def downsample(self, index: int) -> nn.Module:
+        return self.layers[2 * index + 1]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        matcher = super().group_matcher(coarse)
+        if coarse:  # what leads on from a stage belongs to it
+            pairs = range(0, len(self.layers), 2)
+            matcher["blocks"] = [(rf"^layers\.(?:{index}|{index + 1})\.", (index,)) for index in pairs]
+        else:
+            matcher["blocks"].append((r"^layers\.(\d+)\.[01]\.", AFTER_BLOCKS))
+        return matcher
+
+    def _cut(self, last: int) -> None:
+        self.layers = self.layers[: 2 * last + 1].append(nn.Identity())
+
+    def _create_head(self, num_classes: int, global_pool: str) -> None:
+        super()._create_head(num_classes, global_pool)
+        head = self.get_classifier()
+        if isinstance(head, nn.Linear):
+            weight = head.weight
+            self._put(
+                self.head_name,
+                PointwiseConv(head.in_features, head.out_features, device=weight.device, dtype=weight.dtype),
+            )
+
+
+def _stem(in_chans: int, dim: int) -> nn.Sequential:
+    half = dim // 2
+    return nn.Sequential(
+        nn.Conv2d(in_chans, half, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(half),
+        nn.GELU(),
+        nn.Conv2d(half, half, 3, padding=1, bias=False),
+        nn.BatchNorm2d(half),
+        nn.GELU(),
+        nn.Conv2d(half, dim, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(dim),
+        nn.GELU(),
+        nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+        nn.BatchNorm2d(dim),
+    )
+
+
+def _downsample(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_dim))
+
+
+def _cfg(filename: str, crop_pct: float) -> dict[str, Any]:
+    return {
+        # The authors share the file without an address from which a program could fetch it.
+        "notes": (f"released as {filename}",),
+        "origin_url": "https://github.com/yunxiangfu2001/SegMAN",
+        "license": "of the authors: see https://github.com/yunxiangfu2001/SegMAN",
+        "paper_name": "SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention",
+        "paper_ids": "arXiv:2412.11890",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.0",
+        "classifier": "classifier.4",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "segman_encoder_t.in1k": _cfg("SegMAN_Encoder_t.pth.tar", 0.9),
+        "segman_encoder_s.in1k": _cfg("SegMAN_Encoder_s.pth.tar", 0.9),
+        "segman_encoder_b.in1k": _cfg("SegMAN_Encoder_b.pth.tar", 0.95),
+        "segman_encoder_l.in1k": _cfg("SegMAN_Encoder_l.pth.tar", 0.95),
+        "segman_encoder_l2.in1k": _cfg("SegMAN_Encoder_l2.pth.tar", 0.95),
+    }
+)
+
+_TINY = {
+    "embed_dims": (32, 64, 144, 192),
+    "depths": (2, 2, 4, 2),
+    "num_heads": (1, 2, 4, 8),
+    "window_size": (11, 9, 9, 7),
+    "mlp_ratios": (4, 4, 3, 3),
+}
+_SMALL = {
+    "embed_dims": (64, 144, 288, 512),
+    "depths": (2, 2, 10, 4),
+    "num_heads": (2, 4, 8, 16),
+    "window_size": (11, 9, 7, 7),
+    "mlp_ratios": (4, 4, 3.4, 3.4),
+}
+_BASE = {
+    "embed_dims": (96, 160, 364, 560),
+    "depths": (4, 4, 18, 4),
+    "num_heads": (4, 8, 13, 20),
+    "window_size": (11, 9, 7, 7),
+    "mlp_ratios": (4, 4, 3, 3),
+    "layer_scale": 1e-6,
+}
+_LARGE = {**_BASE, "embed_dims": (96, 192, 432, 640), "depths": (4, 4, 28, 4), "num_heads": (4, 8, 12, 20)}
+_LARGE2 = {**_BASE, "embed_dims": (96, 192, 448, 640), "depths": (4, 4, 26, 4), "num_heads": (4, 8, 14, 20)}
+
+
+@register_model
+def segman_encoder_t(pretrained: bool = False, **kwargs: Any) -> SegMANEncoder:
+    """Tiny, 3.5 M parameters with the classifier."""
+    return build(SegMANEncoder, "segman_encoder_t", pretrained, **{**_TINY, **kwargs})
+
+
+@register_model
+def segman_encoder_s(pretrained: bool = False, **kwargs: Any) -> SegMANEncoder:
+    """Small, 25.5 M parameters."""
+    return build(SegMANEncoder, "segman_encoder_s", pretrained, **{**_SMALL, **kwargs})
+
+
+@register_model
+def segman_encoder_b(pretrained: bool = False, **kwargs: Any) -> SegMANEncoder:
+    """Base, 45.0 M parameters."""
+    return build(SegMANEncoder, "segman_encoder_b", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def segman_encoder_l(pretrained: bool = False, **kwargs: Any) -> SegMANEncoder:
+    """Large, 81.0 M parameters."""
+    return build(SegMANEncoder, "segman_encoder_l", pretrained, **{**_LARGE, **kwargs})
+
+
+@register_model
+def segman_encoder_l2(pretrained: bool = False, **kwargs: Any) -> SegMANEncoder:
+    """Large with a wider and shorter third stage, 81.0 M parameters."""
+    return build(SegMANEncoder, "segman_encoder_l2", pretrained, **{**_LARGE2, **kwargs})
