@@ -5,14 +5,17 @@ import pytest
 import torch
 
 import mambavision
-from parity import LOGITS_TOLERANCE, fill_, image, recorded
+from parity import LOGITS_TOLERANCE, fill_, fill_conditioned_, image, recorded
 
-# VMamba's have a standard deviation of 0.7, and differ by 1.4e-6 between two orders of adding up a scan.
+# VMamba's have a standard deviation of 0.7, and differ by 1.4e-6 between two orders of adding up a scan. SegMAN's reach
+# 1.1, and with weights as they come most of the model would hardly show in them.
 RECORDED = {
-    "mamba_vision_T": ("mambavision/T", LOGITS_TOLERANCE),
-    "mamba_vision_B": ("mambavision/B", LOGITS_TOLERANCE),
-    "mamba_vision_L3_256_21k": ("mambavision/L3_256_21k", LOGITS_TOLERANCE),
-    "vmamba_tiny_s1l8": ("vmamba/tiny_s1l8", 7e-6),
+    "mamba_vision_T": ("mambavision/T", fill_, LOGITS_TOLERANCE),
+    "mamba_vision_B": ("mambavision/B", fill_, LOGITS_TOLERANCE),
+    "mamba_vision_L3_256_21k": ("mambavision/L3_256_21k", fill_, LOGITS_TOLERANCE),
+    "segman_encoder_t": ("segman/encoder_t", fill_conditioned_, 1e-5),
+    "segman_encoder_s": ("segman/encoder_s", fill_conditioned_, 1e-5),
+    "vmamba_tiny_s1l8": ("vmamba/tiny_s1l8", fill_, 7e-6),
 }
 
 
@@ -24,19 +27,19 @@ def test_entries_are_those_of_released_files(name):
     entries = [
         [key, list(each.shape), str(each.dtype).removeprefix("torch.")] for key, each in model.state_dict().items()
     ]
-    assert entries == manifest["entries"]
-    assert [name for name, _ in model.named_buffers()] == manifest["buffers"]
+    assert sorted(entries) == sorted(manifest["entries"])
+    assert sorted(name for name, _ in model.named_buffers()) == sorted(manifest["buffers"])
     assert sum(parameter.numel() for parameter in model.parameters()) == manifest["num_parameters"]
 
 
 @pytest.mark.parametrize("name", RECORDED)
 @torch.inference_mode()
 def test_logits(name):
-    folder, tolerance = RECORDED[name]
+    folder, fill, tolerance = RECORDED[name]
     manifest, arrays = recorded(folder)
     with torch.device("meta"):  # initialising 740 M parameters would take longer than the test
         model = mambavision.create_model(name)
-    model = fill_(model.to_empty(device="cpu")).eval()
+    model = fill(model.to_empty(device="cpu")).eval()
     checked = 0
     for key, about in manifest["arrays"].items():
         if key.startswith("logits"):
@@ -95,4 +98,4 @@ def test_layer_norms_have_the_original_epsilon(name):
         model = mambavision.create_model(name)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert norms
-    assert {norm.eps for norm in norms} == {1e-5}
+    assert {norm.eps for norm in norms} == {1e-6 if name.startswith("segman") else 1e-5}

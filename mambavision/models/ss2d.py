@@ -75,8 +75,9 @@ class FourRoutes(nn.Module):
         return ss2d(x, *projections, *self.state_matrices(), routes=routes, out_dtype=out_dtype)
 
     def state_matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A (4 inner, d_state) and D (4 inner), in float32 whatever the model's dtype, as in the originals."""
-        return -torch.exp(self.A_logs.float()), self.Ds.float()
+        """Return A (4 inner, d_state) and D (4 inner), in float32 or better, as in the originals."""
+        dtype = torch.promote_types(self.A_logs.dtype, torch.float32)
+        return -torch.exp(self.A_logs.to(dtype)), self.Ds.to(dtype)
 
 
 class VSSM(FourRoutes):
@@ -191,7 +192,7 @@ class SS2D(FourRoutes):
             B,
             C,
             D.unflatten(0, (4, inner))[routes].flatten(),
-            delta_bias=self.dt_projs_bias[routes].float().flatten(),
+            delta_bias=self.dt_projs_bias[routes].to(A.dtype).flatten(),
             delta_softplus=True,
             channels_last=True,
             out_dtype=torch.promote_types(x.dtype, self.Ds.dtype),
