@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import mambavision
-from mambavision.models.segman import LayerScale, RotaryEmbedding, TokenMixer
+from mambavision.models.segman import LayerScale, RotaryEmbedding, TokenMixer, rotate
 from parity import fill_conditioned_, image, loss_and_gradient_norms, recorded
 
 
@@ -55,12 +55,14 @@ def test_gradients(dtype, tolerance):
 
 def test_rotation_turns_pairs_by_row_and_column():
     rope = RotaryEmbedding(8)
-    cos, sin = rope(3, 4)
-    row, column = 2, 3
-    angles = torch.cat([row * rope.angle, column * rope.angle])
-    torch.testing.assert_close(cos[row, column], angles.cos())
-    torch.testing.assert_close(sin[row, column], angles.sin())
     torch.testing.assert_close(rope.angle, torch.tensor([1.0, 1.0, 1e-4, 1e-4]))
+    row, column = 2, 3
+    x = torch.randn(2, 1, 8)  # query and key
+    turned = rotate(x, *(each[row, column] for each in rope(3, 4)))
+    angles = torch.tensor([row * 1.0, row * 1e-4, column * 1.0, column * 1e-4])
+    pairs = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones(4), angles)
+    expected = torch.view_as_real(pairs).flatten(-2) * torch.tensor([8**-0.5, 1.0])[:, None, None]
+    torch.testing.assert_close(turned, expected)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 6])

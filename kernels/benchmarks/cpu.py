@@ -222,23 +222,59 @@ def model() -> Iterator[Row]:
     yield Row("share of the scan in MambaVision-T", *share, share[0] / share[1], 0.02, 0.01, "of the whole", "ms")
 
 
+def unfused(*tensors: Tensor, routes: str, out_dtype: torch.dtype) -> Tensor:
+    """Stands in for `ss2d` where a model calls it."""
+    return unfused_ss2d(*tensors)
+
+
+UNFUSED = unittest.mock.patch("mambavision.models.ss2d.ss2d", unfused)
+
+
 def vmamba() -> Iterator[Row]:
     """VMamba-T as a whole, against itself around the unfused SS2D."""
     import mambavision
 
     torch.set_num_threads(2)
     model, image = mambavision.create_model("vmamba_tiny_s1l8").eval(), torch.randn(1, 3, 224, 224)
-
-    def unfused(*tensors: Tensor, routes: str, out_dtype: torch.dtype) -> Tensor:
-        return unfused_ss2d(*tensors)
-
-    def baseline() -> Tensor:
-        with unittest.mock.patch("mambavision.models.ss2d.ss2d", unfused):
-            return model(image)
-
     with torch.inference_mode():
-        require_agreement("VMamba-T", model(image), baseline(), 1e-5)
-        yield compare("VMamba-T (s1l8), batch 1, forward", lambda: model(image), baseline, 2.5, 4)
+        require_agreement("VMamba-T", model(image), UNFUSED(model)(image), 1e-5)
+        yield compare("VMamba-T (s1l8), batch 1, forward", lambda: model(image), lambda: UNFUSED(model)(image), 2.5, 4)
+
+
+def segman_features(backend: str, image: Tensor, model: torch.nn.Module) -> list[Tensor]:
+    """Features of an encoder with a backend of neighbourhood attention; "reference" also takes the unfused SS2D."""
+    os.environ[BACKEND_VARIABLE] = backend and f"neighborhood_attention={backend}"
+    features = functools.partial(model.forward_intermediates, image, intermediates_only=True)
+    with torch.inference_mode():
+        return UNFUSED(features)() if backend else features()
+
+
+def segman_once(backend: str, mark: Callable[[], None]) -> None:
+    """For `peak_mib`."""
+    import mambavision
+
+    torch.set_num_threads(2)
+    model = mambavision.create_model("segman_encoder_s").eval()
+    segman_features(backend, torch.randn(1, 3, 64, 64), model)  # load everything first
+    image = torch.randn(1, 3, 512, 512)
+    mark()
+    segman_features(backend, image, model)
+
+
+def segman() -> Iterator[Row]:
+    """SegMAN-S's encoder at the size of segmentation, against gathered neighbours and the unfused SS2D."""
+    import mambavision
+
+    torch.set_num_threads(2)
+    model, image = mambavision.create_model("segman_encoder_s").eval(), torch.randn(1, 3, 512, 512)
+    ours, baseline = (functools.partial(segman_features, backend, image, model) for backend in ("", "reference"))
+    for mine, truth in zip(ours(), baseline(), strict=True):
+        require_agreement("SegMAN-S encoder", mine, truth, 1e-4)
+    yield compare("SegMAN-S encoder 512x512, batch 1, forward", ours, baseline, 3, 6)
+    os.environ.pop(BACKEND_VARIABLE)
+    if sys.platform == "linux":
+        peaks = [peak_mib(functools.partial(segman_once, backend)) for backend in ("", "reference")]
+        yield Row("peak memory of the same", *peaks, peaks[0] / peaks[1], 0.5, 0.5, "of the baseline", "MiB")
 
 
 def share_of_scan(model: torch.nn.Module, image: Tensor) -> tuple[float, float]:
@@ -251,7 +287,8 @@ def share_of_scan(model: torch.nn.Module, image: Tensor) -> tuple[float, float]:
     return scan_us / 5e3, sum(event.self_cpu_time_total for event in events) / 5e3
 
 
-SECTIONS = {"scan": scan, "routes": routes, "ss2d": scan_2d, "attention": attention, "model": model, "vmamba": vmamba}
+OPERATORS_ALONE = {"scan": scan, "routes": routes, "ss2d": scan_2d, "attention": attention}
+SECTIONS = {**OPERATORS_ALONE, "model": model, "vmamba": vmamba, "segman": segman}
 
 
 def main() -> None:

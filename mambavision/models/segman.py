@@ -27,30 +27,40 @@ _REFERENCE_SIZE = 224  # of the images whose positions the global bias was train
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding of two axes (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+    """Rotary position embedding of two axes (Su et al. 2021, https://arxiv.org/abs/2104.09864), with attention's scale.
 
-    The first half of the channels turns with the row, the second with the column. The frequencies are part of
+    The first half of a head's channels turns with the row, the second with the column. The frequencies are part of
     checkpoints.
     """
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
+        self.scale = head_dim**-0.5
         frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4)
         self.register_buffer("angle", frequencies.repeat_interleave(2))
 
     def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, (height, width, head_dim) each."""
+        """Return factors for `rotate`, (height, width, 2, 1, head_dim) each: for queries, scaled, and for keys."""
         rows = torch.arange(height, device=self.angle.device)[:, None] * self.angle
         columns = torch.arange(width, device=self.angle.device)[:, None] * self.angle
         rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
         theta = torch.cat([rows, columns], dim=-1)
-        return theta.cos(), theta.sin()
+        sin = theta.sin().unflatten(-1, (-1, 2)) * theta.new_tensor([-1.0, 1.0])
+        return tuple(
+            torch.stack([each * self.scale, each], dim=2).unsqueeze(3) for each in (theta.cos(), sin.flatten(-2))
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels of x (..., height, width, head_dim) by angles (height, width, head_dim)."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack([-second, first], dim=-1).flatten(-2) * sin
+    """Turn pairs of channels: (a, b) becomes (a cos - b sin, b cos + a sin).
+
+    Args:
+        x: (..., head_dim).
+        cos: Cosine for each channel.
+        sin: Sine for each channel, negative for the first of a pair.
+    """
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class TokenMixer(nn.Module):
@@ -68,7 +78,6 @@ class TokenMixer(nn.Module):
         self.heads = heads
         self.window = window
         self.is_global = is_global
-        self.scale = (dim // heads) ** -0.5
         self.qkv = PointwiseConv(dim, 3 * dim)
         self.lepe = DepthwiseConv(dim, 5)
         self.proj = PointwiseConv(dim, dim)
@@ -83,12 +92,13 @@ class TokenMixer(nn.Module):
         self.rpb = nn.ParameterList(nn.Parameter(bias) for bias in biases)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(batch, height, width, dim) -> same shape; the angles are those of `RotaryEmbedding`."""
+        """(batch, height, width, dim) -> same shape; cos and sin are those of `RotaryEmbedding`."""
         qkv = self.qkv(x)
         local_bias = self.lepe(qkv.chunk(3, dim=-1)[2])
-        # (3, batch, heads, height, width, head_dim)
-        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        query, key = rotate(query, cos, sin) * self.scale, rotate(key, cos, sin)
+        # (batch, height, width, query | key | value, heads, head_dim)
+        both, value = qkv.unflatten(-1, (3, self.heads, -1)).split([2, 1], dim=3)
+        query, key = rotate(both, cos, sin).permute(3, 0, 4, 1, 2, 5)
+        value = value.squeeze(3).permute(0, 3, 1, 2, 4)  # (batch, heads, height, width, head_dim), as query and key
         attended = self._attend_locally(query, key, value)
         if self.is_global:
             y = _merge_heads(self._attend_globally(query, key, attended))
