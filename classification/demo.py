@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from engine.options import train_options
 from mambavision.demo import leave_interrupts_to_programs, print_outcome, run_folder, run_program
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +52,7 @@ def main() -> None:
         "predictions": pictures / "contact_sheet.png",
         "curves": folder / "curves.png",
     }
-    print_outcome("MambaVision on handwritten digits", rows)
+    print_outcome(f"{train_options(['--config', args.config]).model} on handwritten digits", rows)
     if top1 < REQUIRED_TOP1:
         sys.exit(f"error: top-1 {top1:.2f} % is below {REQUIRED_TOP1} %")
 

@@ -17,6 +17,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def _safe_globals() -> list:
         (scalar, "numpy._core.multiarray.scalar"),
         (reconstruct, "numpy.core.multiarray._reconstruct"),
         (reconstruct, "numpy._core.multiarray._reconstruct"),
+        # settings of VMamba's training program: dictionaries, which read the same without the package yacs
+        (OrderedDict, "yacs.config.CfgNode"),
     ]
 
 
@@ -111,13 +114,20 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
         content = _unpickle(path, trust)
     except _DAMAGE as error:
         if refused := _refused_names(error):
+            is_dense = refused.startswith("mmengine.")
+            kind = "is of a detector or segmentor, for tools/test.py of its task; here it is " if is_dense else ""
             raise CheckpointError(
-                f"{path}: refused, because it holds objects other than weights and plain settings ({refused}); if you "
-                "trust its author, read it with trust=True (in classification: --trust-checkpoint)."
+                f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({refused}); if "
+                "you trust its author, read it with trust=True (in classification: --trust-checkpoint)."
             ) from error
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "
             "download or copy it again."
+        ) from error
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: holds objects of {error.name}, which is not installed; without trust=True (--trust-checkpoint), "
+            "weights and plain settings are read without it."
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights.")
@@ -277,8 +287,8 @@ def load_weights(
     skip_head: bool = False,
 ) -> LoadReport:
     """Do what `load_checkpoint` does with the content of a file read before; `source` names it in messages."""
-    state_dict = in_layout_of(model, extract_state_dict(checkpoint, ema, source))
-    return _load(model, state_dict, source, strict=strict, skip_head=skip_head)
+    found = extract_state_dict(checkpoint, ema, source)
+    return _load(model, found, in_layout_of(model, found), source, strict=strict, skip_head=skip_head)
 
 
 def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
@@ -288,7 +298,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
     averaged or repeated over channels as timm does.
     """
     config = model.pretrained_cfg
-    state_dict = in_layout_of(model, extract_state_dict(read_checkpoint(path), source=str(path)))
+    found = extract_state_dict(read_checkpoint(path), source=str(path))
+    state_dict = in_layout_of(model, found)
     first = config["first_conv"] + ".weight"
     channels = model.get_parameter(first).shape[1]
     if first in state_dict and state_dict[first].shape[1] != channels:
@@ -300,10 +311,19 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
             config["num_classes"],
             model.num_classes,
         )
-    return _load(model, state_dict, str(path), strict=True, skip_head=new_head)
+    return _load(model, found, state_dict, str(path), strict=True, skip_head=new_head)
 
 
-def _load(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, strict: bool, skip_head: bool) -> LoadReport:
+def _load(
+    model: nn.Module,
+    found: dict[str, Tensor],
+    state_dict: dict[str, Tensor],
+    source: str,
+    *,
+    strict: bool,
+    skip_head: bool,
+) -> LoadReport:
+    """Load what was found in a file; `state_dict` is that in the layout of the model."""
     own = model.state_dict()
     head = _head_keys(model)
     # Training with --split-bn adds norm layers for augmented images, which nothing needs afterwards.
@@ -320,6 +340,12 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, stric
         reshaped=tuple(key for key in state_dict if key in own and key not in fitting),
     )
     if strict and (report.missing or report.unexpected or report.reshaped):
+        if head <= own.keys() and (others := _dense_parts(found)):
+            raise CheckpointError(
+                f"{source}: is of a detector or segmentor ({others} beside its backbone), not of a classifier; score "
+                "it with tools/test.py of its task, or take its backbone alone with strict=False (train.py "
+                "--loadcheckpoint)."
+            )
         raise CheckpointError(f"{source}: {_why_not(report, own, state_dict, head)}")
     if not fitting:
         raise CheckpointError(f"{source}: none of its {len(state_dict)} entries fits the model.")
@@ -330,6 +356,13 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, stric
 def _head_keys(model: nn.Module) -> set[str]:
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     return {f"{classifier}.weight", f"{classifier}.bias"}
+
+
+def _dense_parts(found: dict[str, Tensor]) -> str:
+    """Return what a detector or segmentor has beside its backbone; empty if the weights are of neither."""
+    parts = list(dict.fromkeys(key.split(".")[0] for key in found))
+    others = [part for part in parts if part == "neck" or part.endswith("_head")]
+    return ", ".join(others) if "backbone" in parts else ""
 
 
 def _why_not(report: LoadReport, own: dict[str, Tensor], state_dict: dict[str, Tensor], head: set[str]) -> str:

@@ -101,6 +101,21 @@ def test_averaged_weights(digits, checkpoint, tmp_path, capsys):
     assert result["loss"] == pytest.approx(np.log(3), abs=1e-3)
 
 
+def test_files_of_other_programs_need_the_name_of_the_model(digits, tmp_path, capsys):
+    """A file as VMamba's authors wrote it, whose averaged weights were left out."""
+    model = mambavision.create_model("vmamba_tiny_s1l8", **SMALL["vmamba_tiny_s1l8"] | {"num_classes": 3})
+    file = tmp_path / "ckpt_epoch_264.pth"
+    mambavision.save_checkpoint({"model": model.state_dict(), "epoch": 264}, file)
+    size = ["--model-kwargs", "dims=16", "depths=1,1,2,1", "--num-classes", "3", "--img-size", "32"]
+    with pytest.raises(UserError, match="does not name its model; give it with --model"):
+        score(digits, "--checkpoint", file, *size)
+    words = [digits, "--checkpoint", file, "--model", "vmamba_tiny_s1l8", *size]
+    score(*words)
+    assert results(capsys)["model"] == "vmamba_tiny_s1l8"
+    with pytest.raises(CheckpointError, match="264.pth: has no averaged weights .*; load it without EMA"):
+        score(*words, "--use-ema")
+
+
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_many_checkpoints_are_ranked(digits, checkpoint, tmp_path, capsys, kind):
     for name in ("a.pth.tar", "b.pth", "notes.txt"):
