@@ -117,8 +117,8 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
             is_dense = refused.startswith("mmengine.")
             kind = "is of a detector or segmentor, for tools/test.py of its task; here it is " if is_dense else ""
             raise CheckpointError(
-                f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({refused}); if "
-                "you trust its author, read it with trust=True (in classification: --trust-checkpoint)."
+                f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({refused}); "
+                "if you trust its author, read it with trust=True (in classification: --trust-checkpoint)."
             ) from error
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "

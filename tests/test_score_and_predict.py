@@ -112,7 +112,7 @@ def test_files_of_other_programs_need_the_name_of_the_model(digits, tmp_path, ca
     words = [digits, "--checkpoint", file, "--model", "vmamba_tiny_s1l8", *size]
     score(*words)
     assert results(capsys)["model"] == "vmamba_tiny_s1l8"
-    with pytest.raises(CheckpointError, match="264.pth: has no averaged weights .*; load it without EMA"):
+    with pytest.raises(CheckpointError, match=r"264\.pth: has no averaged weights .*; load it without EMA"):
         score(*words, "--use-ema")
 
 
