@@ -144,7 +144,7 @@ def test_initial_weights(train, tmp_path, capsys):
     ("words", "error", "message"),
     [
         (["--model", "mamba_vision_t"], UserError, "Did you mean 'mamba_vision_T'"),
-        (["--model-kwargs", "depth=1"], UserError, "unexpected keyword argument 'depth'"),
+        (["--model-kwargs", "depth=1"], UserError, "unexpected keyword argument 'depth'. Did you mean 'depths'"),
         (["--opt", "lambb"], UserError, "unknown optimizer --opt lambb. Did you mean 'lamb'"),
         (["--resume", "nothing.pth.tar"], CheckpointError, r"nothing\.pth\.tar: no such file"),
         (["--output", "file/below"], OutputError, "file/below/exp/args.yaml: cannot be written"),
@@ -170,6 +170,21 @@ def test_wrong_requests_create_nothing(train, tmp_path, words, error, message):
     with pytest.raises(error, match=message):
         train(*words)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"routes": "diagonal"}, r"vmamba_tiny_s1l8: routes must be one of 'cross', .*, got 'diagonal'\.$"),
+        ({"ssm_act_layer": "swish"}, "ssm_act_layer must be one of 'silu', 'gelu', 'relu', 'sigmoid', got 'swish'"),
+        ({"ssm_init": "v1"}, "ssm_init must be one of 'mamba', 'normal', 'uniform', got 'v1'"),
+        ({"route": "cross"}, r"got an unexpected keyword argument 'route'\. Did you mean 'routes'\?$"),
+        ({"forward_type": "v05_noz"}, r"got an unexpected keyword argument 'forward_type'\.$"),
+    ],
+)
+def test_options_of_the_scan_are_checked(arguments, message):
+    with pytest.raises(UserError, match=message):
+        build.create_any("vmamba_tiny_s1l8", False, arguments)
 
 
 def test_folders_that_differ_create_nothing(train, digits, tmp_path):

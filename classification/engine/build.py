@@ -2,17 +2,20 @@
 
 import argparse
 import logging
+import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import timm
 import torch
 from timm.data import FastCollateMixup, Mixup, resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import get_model_input_config
+from timm.models import get_model_input_config, model_entrypoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -27,6 +30,8 @@ from mambavision.errors import UserError, nearest
 from mambavision.factory import check_model_name
 
 _logger = logging.getLogger(__name__)
+
+_UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
 def check_options(args: argparse.Namespace, device: torch.device) -> None:
@@ -137,7 +142,16 @@ def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Mod
     try:
         return create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: {str(error).split('__init__() ')[-1]}.") from error
+        raise UserError(f"{name}: {_why_not_created(name, str(error))}") from error
+
+
+def _why_not_created(name: str, message: str) -> str:
+    unknown = _UNKNOWN_ARGUMENT.search(message)
+    if not unknown:
+        return f"{message}."
+    model_class = vars(sys.modules[model_entrypoint(name).__module__]).get(unknown[1])
+    known = signature(model_class).parameters if model_class else ()
+    return f"got an unexpected keyword argument {unknown[2]!r}.{nearest(unknown[2], known)}"
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -159,6 +159,9 @@ class VMamba(StagedModel):
             ("norm", norm, Norm),
             ("stem", stem, Stem),
             ("downsample", downsample, Downsample),
+            ("ssm_act_layer", ssm_act_layer, Activation),
+            ("ssm_init", ssm_init, ScanInit),
+            ("mlp_act_layer", mlp_act_layer, Activation),
         ):
             check_choice(name, value, choices)
         widths = [dims * 2**stage for stage in range(len(depths))] if isinstance(dims, int) else list(dims)
