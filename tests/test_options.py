@@ -71,7 +71,9 @@ def test_validation_has_refusals_of_its_own(capsys, flag):
     assert VALIDATE_REFUSED[flag] in refusal(capsys, validate_options, f"--{flag}")
 
 
-@pytest.mark.parametrize("words", [["--worker-seeding", "all"], ["--use_multi_epochs_loader"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--worker-seeding", "all"], ["--use_multi_epochs_loader"], ["--fused_layernorm"]], ids=" ".join
+)
 def test_flags_whose_purpose_is_served_anyway_are_noted(capsys, tmp_path, words):
     assert train_options(words) == train_options([])
     assert capsys.readouterr().err.startswith(f"note: {words[0].replace('_', '-')} is not needed: ")
@@ -197,6 +199,51 @@ def test_recipes_are_the_published_ones(name):
     keys = ("model", "weight_decay", "warmup_epochs", "mesa", "mesa_start_ratio", "crop_pct")
     expected = COMMON | dict(zip(keys, PUBLISHED[name], strict=True))
     assert {key: args[key] for key in expected} == expected
+
+
+# model and stochastic depth; None for that of the model
+VMAMBA = {
+    "vmambav2v_tiny_224": ("vmamba_tiny_s1l8", None),
+    "vmambav2v_small_224": ("vmamba_small_s1l20", None),
+    "vmambav2v_base_224": ("vmamba_base_s1l20", None),
+    "vmambav2_tiny_224": ("vmamba_tiny_s2l5", None),
+    "vmambav2_small_224": ("vmamba_small_s2l15", None),
+    "vmambav2_base_224": ("vmamba_base_s2l15", None),
+    "vmambav0_tiny_224": ("vanilla_vmamba_tiny", None),
+    "vmambav0_small_224": ("vanilla_vmamba_small", None),
+    "vmambav0_base_224": ("vanilla_vmamba_base", 0.5),
+}
+
+OF_VMAMBA = COMMON | {
+    "opt": "adamw", "weight_decay": 0.05, "epochs": 300, "warmup_epochs": 20, "warmup_prefix": True,
+    "cooldown_epochs": 0, "lr": 5e-4 * 1024 / 512, "warmup_lr": 5e-7 * 1024 / 512, "min_lr": 5e-6 * 1024 / 512,
+    "grad_accum_steps": 1, "mesa": 0.0, "model_ema_decay": 0.9999, "channels_last": False, "crop_pct": None,
+    "train_interpolation": "bicubic", "seed": 0, "pin_mem": True, "grad_checkpointing": False, "model_kwargs": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VMAMBA)
+def test_recipes_of_vmamba_are_the_published_ones(name):
+    args = vars(train_options(["--config", str(ROOT / f"classification/configs/vmamba/{name}.yaml")]))
+    expected = OF_VMAMBA | dict(zip(("model", "drop_path"), VMAMBA[name], strict=True))
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_flags_of_vmamba_are_understood(capsys, tmp_path):
+    path = recipe(tmp_path, "epochs: 7\namp: true\nuse_checkpoint: false\n")
+    theirs = (
+        f"--cfg {path} --batch-size 64 --data-path data --output out --tag first --accumulation-steps 2 --optim sgd "
+        "--use-checkpoint --disable_amp --model_ema True --model_ema_decay 0.99 --model_ema_force_cpu False"
+    )
+    ours = (
+        f"--config {path} --batch-size 64 --data-dir data --output out --tag first --grad-accum-steps 2 --opt sgd "
+        "--grad-checkpointing --no-amp --model-ema --model-ema-decay 0.99"
+    )
+    assert train_options(theirs.split()) == train_options(ours.split())
+    assert not train_options(["--model-ema", "--model-ema", "False"]).model_ema
+    assert validate_options(["--data-path", "data"]) == validate_options(["--data-dir", "data"])
+    assert validate_options(["--amp", "data"]).data == "data"  # a switch takes nothing but true and false
+    assert "Did you mean --checkpoint?" in refusal(capsys, validate_options, "--resume", "ckpt_epoch_264.pth")
 
 
 def test_settings_of_a_run_are_a_recipe(tmp_path):

@@ -269,6 +269,32 @@ def test_learning_rates_are_the_published_ones():
     assert found == pytest.approx([1.2e-6, 2.5e-3, 4.69e-3, 1.40e-3, 5.13e-6, 5e-6], rel=5e-3)
 
 
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "classification/configs/vmamba").glob("*_224.yaml")), ids=lambda p: p.stem
+)
+def test_vmamba_learns_at_the_published_rates_and_depths(recipe):
+    """A linear warm-up of 20 epochs from 1e-6, then a cosine over 280 epochs from 1e-3 to 1e-5, step by step."""
+    words, batches = ["--config", str(recipe)], 3
+    epochs, found = rates(words, batches, range(300))
+    assert epochs == 300
+    for epoch, rate in enumerate(found):
+        step, warmup = epoch * batches + 1, 20 * batches
+        cosine = 1 + math.cos(math.pi * (step - warmup) / (280 * batches))
+        expected = 1e-6 + step * (1e-3 - 1e-6) / warmup if step < warmup else 1e-5 + (1e-3 - 1e-5) / 2 * cosine
+        assert rate == pytest.approx(expected, rel=1e-9)
+    args = train_options(words)
+    with torch.device("meta"):
+        model = build.build_model(args, build.model_arguments(args, None))
+    depths = {"tiny": 0.2, "small": 0.3, "vmambav2_base": 0.6}
+    drop = next((depth for name, depth in depths.items() if name in recipe.stem), 0.5)
+    assert model.layers[-1].blocks[-1].drop_path.drop_prob == pytest.approx(drop)
+
+
+def test_warm_up_in_front_of_the_schedule_needs_a_schedule(train):
+    with pytest.raises(UserError, match="--warmup-prefix needs --epochs beyond --warmup-epochs"):
+        train("--warmup-prefix", "--epochs", "2", "--warmup-epochs", "2")
+
+
 @pytest.mark.parametrize("by_epoch", [[], ["--lr-ep"]])
 @pytest.mark.parametrize("schedule", ["cosine", "tanh", "step", "multistep", "poly", "plateau", "constant"])
 def test_every_schedule_warms_up_and_goes_on(schedule, by_epoch):
@@ -279,6 +305,29 @@ def test_every_schedule_warms_up_and_goes_on(schedule, by_epoch):
     assert found[0] < 0.3e-3 < 0.6e-3 < max(found[4:7]) <= 1e-3 * 1.0001
     assert schedule == "constant" or found[19] < found[5]
     assert len({round(rate, 12) for rate in found[4:]}) > 1 or schedule == "constant"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exempt"),
+    [({}, ()), ({"decay_scan": False}, ("A_logs", "dt_projs_bias"))],
+    ids=["released", "declared"],
+)
+def test_weight_decay_of_vmamba(arguments, exempt):
+    """That of the released weights: all matrices, those of the scan included, and the biases of its step sizes."""
+    args = train_options(["--model", "vmamba_tiny_s1l8"])
+    with torch.device("meta"):
+        model = build.build_model(args, arguments)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in build.build_optimizer(args, model).param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    matrices = {name for name, value in model.named_parameters() if value.ndim > 1 and not name.endswith(".bias")}
+    assert (len(names), len(matrices)) == (276, 132)
+    assert decayed == {name for name in matrices if not name.endswith(exempt)}
+    assert len(decayed) == 132 - 14 * len(exempt)
 
 
 # Many processes

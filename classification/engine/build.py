@@ -60,6 +60,9 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
         "--epoch-repeats does not reach wds/ streams: drop it.": (
             args.epoch_repeats and args.dataset.lower().startswith("wds/")
         ),
+        "--warmup-prefix needs --epochs beyond --warmup-epochs: raise --epochs.": (
+            args.warmup_prefix and args.warmup_epochs >= args.epochs
+        ),
         "--log-wandb needs the package wandb: pip install wandb.": args.log_wandb and find_spec("wandb") is None,
     }
     for problem, present in problems.items():
@@ -223,7 +226,7 @@ def build_batches(
         "device": device,
         "share": share,
         "prefetch": prefetch,
-        "pin_memory": args.pin_mem,
+        "pin_memory": args.pin_mem and device.type != "cpu",
     }
     train_batches = loaders.train_loader(
         train,
@@ -288,6 +291,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         batches = args.data_len // (args.batch_size * world_size)
     steps = max(1, -(-batches // args.grad_accum_steps))
     options = scheduler_kwargs(args) | {"step_on_epochs": args.lr_ep or args.sched == "plateau"}
+    if args.warmup_prefix:  # to timm, the length of the schedule is then that without the warm-up
+        options["num_epochs"] -= args.warmup_epochs
     with warnings.catch_warnings():
         # timm says that it does not save the state of plateau schedules; the trainer does.
         warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)

@@ -37,6 +37,8 @@ _ALIASES = {
     "--warmup": "--warmup-epochs",
     "--bf16": "--bfloat",
     "--fp16": "--amp",
+    "--cfg": "--model",
+    "--resume": "--checkpoint",
 }
 
 
@@ -71,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(*names, action=argparse.BooleanOptionalAction, default=default, help=help)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        words = [_hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        words = self._switched([_hyphenated(word) for word in (sys.argv[1:] if args is None else args)])
         for word in words:
             flag = word.split("=")[0]
             if flag.startswith("--") and flag[2:] in self.refused:
@@ -80,6 +82,18 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown argument {unknown[0]!r}.{self.did_you_mean(unknown[0].split('=')[0])}")
         return parsed
+
+    def _switched(self, words: list[str]) -> list[str]:
+        """Write ``--flag True`` and ``--flag False``, as VMamba's program takes switches, as the switches they mean."""
+        found = []
+        for word in words:
+            action = self._option_string_actions.get(found[-1]) if found else None
+            if word.lower() in ("true", "false") and isinstance(action, argparse.BooleanOptionalAction):
+                if word.lower() == "false":
+                    found[-1] = f"--no-{found[-1][2:]}"
+            else:
+                found.append(word)
+        return found
 
     def did_you_mean(self, flag: str) -> str:
         known = self._option_string_actions
@@ -175,6 +189,12 @@ TRAIN_REFUSED: Refused = {
     "ampere-sparsity": "it called a function that did not exist",
     "torchscript": "TorchScript is deprecated in PyTorch and cannot script the operators; use --torchcompile",
     "tta": "it averaged the predictions of neighbouring images instead of augmented copies",
+    "opts": "every setting is a flag of its own, for example --epochs 100",
+    "eval": "validate.py scores a model",
+    "throughput": "throughput.py measures models",
+    "zip": "unpack the archives into folders, or use one of timm's data sets (--dataset)",
+    "cache-mode": "images are read when they are needed",
+    "memory-limit-rate": "lower --batch-size, or add --grad-checkpointing",
 }
 
 VALIDATE_REFUSED: Refused = {
@@ -187,19 +207,23 @@ VALIDATE_REFUSED: Refused = {
 }
 
 
+# Second names of a flag are those of VMamba's program.
+_CONFIG = ("-c", "--config", "--cfg")
+
+
 def train_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line of train.py together with its recipe."""
     parser = _train_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    recipe.add_argument("-c", "--config")
+    recipe.add_argument(*_CONFIG)
     path = recipe.parse_known_args([_hyphenated(word) for word in argv])[0].config
     return parser.parse_args((parser.recipe_words(path) if path else []) + argv)
 
 
 def _train_parser() -> Parser:
     parser = Parser(TRAIN_REFUSED, description="Train an image classifier, on GPUs or on the CPU.")
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; flags on the command line win")
+    parser.add_argument(*_CONFIG, metavar="FILE", help="YAML recipe; flags on the command line win")
     _add_data_options(parser)
     _add_model_options(parser)
     _add_optimizer_options(parser)
@@ -212,7 +236,12 @@ def _train_parser() -> Parser:
 
 def _add_data_options(parser: Parser) -> None:
     add = parser.add_argument
-    add("--data-dir", metavar="DIR", help="folder with train/ and val/ (or validation/), each with a folder per class")
+    add(
+        "--data-dir",
+        "--data-path",
+        metavar="DIR",
+        help="folder with train/ and val/ (or validation/), each with a folder per class",
+    )
     add("-d", "--dataset", default="", help="timm dataset type (torch/…, hfds/…, wds/…, tfds/…); empty: image folders")
     add("--train-split", default="train", help="name of the training split, or its folder")
     add("--val-split", default="validation", help="name of the validation split, or its folder")
@@ -251,7 +280,9 @@ def _add_model_options(parser: Parser) -> None:
     add("-b", "--batch-size", type=int, default=128, help="images in a batch of each process")
     add("-vb", "--validation-batch-size", type=int, help="default: --batch-size")
     parser.switch("--channels-last", help="channels-last memory layout")
-    parser.switch("--grad-checkpointing", help="recompute activations in the backward pass to save memory")
+    parser.switch(
+        "--grad-checkpointing", "--use-checkpoint", help="recompute activations in the backward pass to save memory"
+    )
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
     add("--drop-rate", type=float, help="dropout; default: the model's")
     add("--attn-drop-rate", type=float, help="dropout of attention weights; default: the model's")
@@ -260,7 +291,7 @@ def _add_model_options(parser: Parser) -> None:
 
 def _add_optimizer_options(parser: Parser) -> None:
     add = parser.add_argument
-    add("--opt", default="adamw", help="any of timm.optim.list_optimizers()")
+    add("--opt", "--optim", default="adamw", help="any of timm.optim.list_optimizers()")
     add("--opt-eps", type=float, default=1e-8)
     add("--opt-betas", type=float, nargs="+", default=[0.9, 0.999])
     add("--momentum", type=float, default=0.9)
@@ -268,7 +299,7 @@ def _add_optimizer_options(parser: Parser) -> None:
     add("--clip-grad", type=float, default=5.0, help="0: no clipping")
     add("--clip-mode", default="norm", choices=["norm", "value", "agc"])
     add("--layer-decay", type=float, help="learning rate factor from layer to layer")
-    add("--grad-accum-steps", type=int, default=1, help="batches for each optimizer step")
+    add("--grad-accum-steps", "--accumulation-steps", type=int, default=1, help="batches for each optimizer step")
 
 
 def _add_schedule_options(parser: Parser) -> None:
@@ -290,6 +321,7 @@ def _add_schedule_options(parser: Parser) -> None:
     add("--decay-milestones", type=int, nargs="+", default=[30, 60])
     add("--decay-epochs", type=float, default=100)
     add("--warmup-epochs", type=int, default=20)
+    parser.switch("--warmup-prefix", help="the schedule begins after the warm-up, not below it; --epochs is of both")
     add("--cooldown-epochs", type=int, default=10, help="epochs at --min-lr after the schedule")
     add("--patience-epochs", type=int, default=10)
     add("--decay-rate", "--dr", type=float, default=0.1)
@@ -355,6 +387,8 @@ def _add_run_options(parser: Parser) -> None:
     parser.switch("--deterministic", help="deterministic algorithms only")
     add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
     parser.switch("--amp", "--native-amp", help="mixed precision, on a GPU in float16 unless --bfloat")
+    add("--disable-amp", dest="amp", action="store_false", default=argparse.SUPPRESS, help="the same as --no-amp")
+    add("--fused-layernorm", action=NotNeeded, nargs=0, help="not needed: it never had an effect")
     parser.switch("--bfloat", help="bfloat16 in mixed precision")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; the environment has it too
 
@@ -364,7 +398,12 @@ def validate_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(VALIDATE_REFUSED, description="Score image classifiers: top-1, top-5 and loss.")
     add = parser.add_argument
     add("data", nargs="?", metavar="DIR", help="the same as --data-dir")
-    add("--data-dir", metavar="DIR", help="folder that holds the split, or whose class folders are the split")
+    add(
+        "--data-dir",
+        "--data-path",
+        metavar="DIR",
+        help="folder that holds the split, or whose class folders are the split",
+    )
     add("--dataset", default="", help="timm dataset type; empty: image folders")
     add("--split", default="validation")
     parser.switch("--dataset-download", help="let timm download the dataset")
