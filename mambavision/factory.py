@@ -31,7 +31,7 @@ def create_model(
 
     Args:
         name: Registered name; `list_models` gives this package's.
-        pretrained: Load the released weights, downloaded once into the Hugging Face cache.
+        pretrained: Load the released weights, downloaded once into the cache of the Hugging Face or torch hub.
         checkpoint_path: Load these weights instead, strictly (`mambavision.load_checkpoint`).
         **kwargs: Passed on to the model, for example ``num_classes``, ``in_chans``, ``drop_path_rate``, or
             ``features_only`` with ``out_indices``.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def _offline(monkeypatch):
     """No test reaches for the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def refuse(*args, **kwargs):
+        raise URLError("offline")
+
+    monkeypatch.setattr("timm.models._hub.download_url_to_file", refuse)
 
 
 @pytest.fixture(autouse=True)

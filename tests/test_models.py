@@ -259,32 +259,52 @@ def test_listing_takes_patterns():
     assert mambavision.list_models("no such model*") == []
 
 
-def test_released_weights_without_network_say_what_to_get():
+RELEASED = {
+    "mamba_vision_T": "https://huggingface.co/nvidia/MambaVision-T-1K/resolve/main/mambavision_tiny_1k.pth.tar",
+    "vmamba_tiny_s1l8": "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth",
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_weights_without_network_say_what_to_get(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(mambavision.errors.CheckpointError) as error:
-        timm.create_model("mamba_vision_T", pretrained=True)
+        timm.create_model(name, pretrained=True)
     message = str(error.value)
-    assert "https://huggingface.co/nvidia/MambaVision-T-1K/resolve/main/mambavision_tiny_1k.pth.tar" in message
+    assert f"Get {RELEASED[name]} on a machine with network" in message
     assert "checkpoint_path" in message
 
 
-def test_released_weights_are_loaded_through_the_hub_cache(monkeypatch, tmp_path):
+@pytest.fixture
+def put_into_cache(monkeypatch, tmp_path):
+    """Save weights as what was downloaded from an address."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def put(content, address):
+        file = tmp_path / "hub" / "checkpoints" / address.rsplit("/", 1)[-1]  # torch.hub's
+        mambavision.save_checkpoint(content, file)
+
+        def from_hub(repo_id, filename, **kwargs):
+            assert address == f"https://huggingface.co/{repo_id}/resolve/main/{filename}"
+            return str(file)
+
+        monkeypatch.setattr("timm.models._hub.hf_hub_download", from_hub)
+
+    return put
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_weights_are_loaded_through_the_cache(name, put_into_cache):
     """With other classes and channels too, as timm's own models do."""
-    source = mambavision.create_model("mamba_vision_T")
-    file = tmp_path / "mambavision_tiny_1k.pth.tar"
-    mambavision.save_checkpoint({"state_dict": source.state_dict(), "state_dict_ema": {}}, file)
-    asked = []
-
-    def download(repo_id, filename, **kwargs):
-        asked.append((repo_id, filename))
-        return str(file)
-
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
-    same = mambavision.create_model("mamba_vision_T", pretrained=True)
-    assert asked == [("nvidia/MambaVision-T-1K", "mambavision_tiny_1k.pth.tar")]
+    source = mambavision.create_model(name)
+    key = "model" if "vmamba" in name else "state_dict"
+    put_into_cache({key: source.state_dict(), f"{key}_ema": {}}, RELEASED[name])
+    same = mambavision.create_model(name, pretrained=True)
     torch.testing.assert_close(same.state_dict(), source.state_dict())
-    other = timm.create_model("mamba_vision_T", pretrained=True, num_classes=3, in_chans=1)
-    expected = source.patch_embed.conv_down[0].weight.sum(1, keepdim=True)
-    torch.testing.assert_close(other.patch_embed.conv_down[0].weight, expected)
-    torch.testing.assert_close(other.levels[3].blocks[0].norm1.weight, source.levels[3].blocks[0].norm1.weight)
-    features = timm.create_model("mamba_vision_T", pretrained=True, features_only=True)
+    other = timm.create_model(name, pretrained=True, num_classes=3, in_chans=1)
+    first = source.pretrained_cfg["first_conv"]
+    expected = source.get_submodule(first).weight.sum(1, keepdim=True)
+    torch.testing.assert_close(other.get_submodule(first).weight, expected)
+    torch.testing.assert_close(other.stages[3].state_dict(), source.stages[3].state_dict())
+    features = timm.create_model(name, pretrained=True, features_only=True)
     torch.testing.assert_close(features.model.patch_embed.state_dict(), source.patch_embed.state_dict())
