@@ -118,12 +118,18 @@ def run_program(tmp_path):
 
 # Training
 
-SETTING = [
-    "--model", "mamba_vision_T", "--model-kwargs",
-    *(f"{key}={value}" for key, value in SMALL["mamba_vision_T"].items() if key != "num_classes"),
+
+def setting(name):
+    """Return the options of a small run of a small model."""
+    arguments = [f"{key}={value}" for key, value in SMALL[name].items() if key != "num_classes"]
+    return ["--model", name, "--model-kwargs", *arguments, *_SETTING]
+
+
+_SETTING = [
     "--input-size", "3", "32", "32", "--device", "cpu", "--batch-size", "10", "--workers", "0", "--epochs", "2",
     "--warmup-epochs", "1", "--cooldown-epochs", "0", "--lr", "1e-3", "--hflip", "0", "--deterministic",
 ]  # fmt: skip
+SETTING = setting("mamba_vision_T")
 
 
 @pytest.fixture
@@ -132,7 +138,11 @@ def training_options(digits, tmp_path, monkeypatch):
     from engine.options import train_options
 
     monkeypatch.chdir(tmp_path)
-    yield lambda *words, data=digits: train_options([*SETTING, "--data-dir", str(data), *map(str, words)])
+
+    def parse(*words, data=digits, model="mamba_vision_T"):
+        return train_options([*setting(model), "--data-dir", str(data), *map(str, words)])
+
+    yield parse
     torch.use_deterministic_algorithms(False)
 
 
@@ -141,8 +151,8 @@ def train(training_options, tmp_path):
     """Train in this process; return the run's folder."""
     from engine import trainer
 
-    def start(*words, **data):
-        trainer.train(training_options(*words, **data))
+    def start(*words, **others):
+        trainer.train(training_options(*words, **others))
         folders = sorted(tmp_path.glob("output/train/exp/*"))
         return folders[-1] if folders else None
 

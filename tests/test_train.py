@@ -23,8 +23,9 @@ from mambavision.errors import CheckpointError, DataError, OutputError, UserErro
 # A run
 
 
-def test_a_run_leaves_everything_behind(train, capsys):
-    folder = train("--model-ema")
+@pytest.mark.parametrize("name", ["mamba_vision_T", "vmamba_tiny_s1l8"])
+def test_a_run_leaves_everything_behind(train, capsys, name):
+    folder = train("--model-ema", model=name)
     rows = summary(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"} < rows[0].keys()
@@ -45,7 +46,8 @@ def test_a_run_leaves_everything_behind(train, capsys):
     assert checkpoint["classes"] == ["digit 0", "digit 1", "digit 2"]
     assert checkpoint["model_kwargs"]["num_classes"] == 3
     assert checkpoint["epoch"] == 1
-    model = mambavision.create_model(checkpoint["arch"], **checkpoint["model_kwargs"])
+    assert checkpoint["arch"] == name
+    model = mambavision.create_model(name, **checkpoint["model_kwargs"])
     mambavision.load_checkpoint(model, folder / run.BEST, ema=True)
 
 

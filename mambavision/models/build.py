@@ -31,8 +31,8 @@ def build(model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs
         wanted, cache = _origin(get_pretrained_cfg(variant))
         reason = getattr(error, "reason", type(error).__name__)
         raise CheckpointError(
-            f"{variant}: the released weights could not be downloaded ({reason}). Get {wanted} on a machine with network "
-            "and pass it as checkpoint_path= (--checkpoint, --initial-checkpoint), or copy that machine's "
+            f"{variant}: the released weights could not be downloaded ({reason}). Get {wanted} on a machine with "
+            "network and pass it as checkpoint_path= (--checkpoint, --initial-checkpoint), or copy that machine's "
             f"{cache} here."
         ) from error
 
