@@ -165,7 +165,7 @@ def prepare(training_options):
     from engine.trainer import Trainer
     from mambavision.launch import Process
 
-    return lambda *words: Trainer(training_options(*words), Process(), torch.device("cpu"))
+    return lambda *words, **others: Trainer(training_options(*words, **others), Process(), torch.device("cpu"))
 
 
 def weights(folder, name="last.pth.tar", key="state_dict"):

@@ -243,6 +243,9 @@ def test_flags_of_vmamba_are_understood(capsys, tmp_path):
     assert not train_options(["--model-ema", "--model-ema", "False"]).model_ema
     assert validate_options(["--data-path", "data"]) == validate_options(["--data-dir", "data"])
     assert validate_options(["--amp", "data"]).data == "data"  # a switch takes nothing but true and false
+    message = refusal(capsys, train_options, "--pretrained", "ckpt_epoch_264.pth")
+    assert "--pretrained takes no value, got 'ckpt_epoch_264.pth': " in message
+    assert "--initial-checkpoint" in message
     assert "Did you mean --checkpoint?" in refusal(capsys, validate_options, "--resume", "ckpt_epoch_264.pth")
 
 

@@ -198,6 +198,23 @@ def test_prefixes_of_wrappers_do_not_matter(prepare, checkpoint):
     assert all((value == 1).all() for value in prepare("--resume", path).task.trainable_module.state_dict().values())
 
 
+def test_runs_of_vmambas_program_go_on_without_their_optimizer(prepare, tmp_path):
+    """Its groups of parameters are in another order."""
+    ours = {"model": "vmamba_tiny_s1l8"}
+    trainer = prepare(**ours)
+    model, optimizer = trainer.task.trainable_module.state_dict(), trainer.optimizer.state_dict()
+    optimizer["param_groups"].reverse()
+    averaged = {key: value + 1 for key, value in model.items()}
+    path = tmp_path / "ckpt_epoch_0.pth"
+    mambavision.save_checkpoint({"model": model, "model_ema": averaged, "optimizer": optimizer, "epoch": 0}, path)
+    with pytest.raises(CheckpointError, match=r"ckpt_epoch_0\.pth: its optimizer state .* --no-resume-opt"):
+        prepare("--resume", path, **ours)
+    resumed = prepare("--resume", path, "--no-resume-opt", "--model-ema", **ours)
+    assert resumed.first_epoch == 1
+    assert identical(resumed.task.trainable_module.state_dict(), model)
+    assert identical(resumed.task.get_eval_model(ema=True).module.state_dict(), averaged)
+
+
 def test_weights_alone_are_no_run(prepare, checkpoint):
     path, content = checkpoint
     mambavision.save_checkpoint({"state_dict": content["state_dict"]}, path)

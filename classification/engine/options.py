@@ -80,6 +80,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{flag} is not available: {self.refused[flag[2:]]}")
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
+            before = words[words.index(unknown[0]) - 1]
+            switch = self._option_string_actions.get(before)
+            if switch is not None and switch.nargs == 0 and not unknown[0].startswith("-"):
+                self.error(f"{before} takes no value, got {unknown[0]!r}: {switch.help}")
             self.error(f"unknown argument {unknown[0]!r}.{self.did_you_mean(unknown[0].split('=')[0])}")
         return parsed
 
@@ -263,7 +267,7 @@ def _add_model_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="mamba_vision_T", help="any model of mambavision.list_models() or of timm")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="further model arguments")
-    parser.switch("--pretrained", help="start from the released weights")
+    parser.switch("--pretrained", help="start from the released weights; --initial-checkpoint is for those of a file")
     add("--initial-checkpoint", default="", metavar="FILE", help="start from these weights, which must fit")
     parser.switch("--skip-head", help="leave the classifier out of --initial-checkpoint")
     add("--loadcheckpoint", default="", metavar="FILE", help="start from whatever in this file fits")

@@ -21,7 +21,7 @@ from engine.evaluate import evaluate
 from engine.loaders import Share
 from engine.values import check_values
 from mambavision import resume
-from mambavision.checkpoint import check_writable, load_weights, read_checkpoint, save_checkpoint
+from mambavision.checkpoint import EMA_KEYS, check_writable, load_weights, read_checkpoint, save_checkpoint
 from mambavision.errors import BAD_DATA, CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 from mambavision.reporting import start_logging
@@ -146,7 +146,7 @@ class Trainer:
     def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
         load_weights(unwrap_model(self.task.get_eval_model()), checkpoint, str(path))
         if self.task.has_ema():
-            has_ema = checkpoint.get("state_dict_ema") is not None
+            has_ema = any(checkpoint.get(key) for key in EMA_KEYS)
             if not has_ema:
                 _logger.warning("the checkpoint has no averaged weights: the average starts from its weights")
             load_weights(unwrap_model(self.task.get_eval_model(ema=True)), checkpoint, str(path), ema=has_ema)
