@@ -16,7 +16,7 @@ help:  ## Show the targets
 
 env: $(READY)  ## Create the environment
 
-demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
+demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU; DEMO_CONFIG names the recipe
 	$(BIN)/python classification/demo.py --config $(DEMO_CONFIG)
 
 demo-detection: $(READY)  ## Train, score and predict digits on photographs with Mask R-CNN, on the CPU

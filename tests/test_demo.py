@@ -67,6 +67,15 @@ def test_interrupted_demo_goes_on(demo, tmp_path):
     assert "--resume" not in demo()  # that run is complete
 
 
+@pytest.mark.parametrize(
+    ("config", "model"), [(RECIPE, "mamba_vision_T"), ("configs/vmamba/vmamba_digits.yaml", "vmamba_tiny_s1l8")]
+)
+def test_demo_trains_the_model_of_any_recipe(demo, capsys, config, model):
+    words = demo(config)
+    assert words[words.index("--config") + 1] == config
+    assert f"{model} on handwritten digits" in capsys.readouterr().out
+
+
 def test_demo_says_how_to_use_its_environment(demo, capsys, monkeypatch):
     monkeypatch.setattr(sys, "prefix", "/clone/.venv")
     demo()
