@@ -275,6 +275,11 @@ def test_released_weights_without_network_say_what_to_get(name, monkeypatch, tmp
     assert "checkpoint_path" in message
 
 
+def test_released_weights_without_an_address_say_where_to_look():
+    with pytest.raises(mambavision.errors.CheckpointError, match=r"released as SegMAN_Encoder_t\.pth\.tar.*github"):
+        mambavision.create_model("segman_encoder_t", pretrained=True)
+
+
 @pytest.fixture
 def put_into_cache(monkeypatch, tmp_path):
     """Save weights as what was downloaded from an address."""

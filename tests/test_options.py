@@ -229,6 +229,23 @@ def test_recipes_of_vmamba_are_the_published_ones(name):
     assert {key: args[key] for key in expected} == expected
 
 
+# stochastic depth, batch of each of 8 processes, mixed precision; the learning rate is 1e-3 for a global batch of 1024
+SEGMAN = {"t": (0.0, 512, False), "s": (0.15, 256, True), "b": (0.3, 256, True), "l": (0.3, 256, True)}
+
+OF_SEGMAN = COMMON | {
+    "opt": "adamw", "weight_decay": 0.05, "epochs": 300, "warmup_epochs": 5, "warmup_prefix": False, "min_lr": 1e-5,
+    "model_ema_decay": 0.99984, "channels_last": False, "crop_pct": None, "seed": 42, "sync_bn": True, "mesa": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", SEGMAN)
+def test_recipes_of_segman_are_the_published_ones(variant):
+    args = vars(train_options(["--config", str(ROOT / f"classification/configs/segman/segman_{variant}_1k.yaml")]))
+    expected = OF_SEGMAN | dict(zip(("drop_path", "batch_size", "amp"), SEGMAN[variant], strict=True))
+    expected |= {"model": f"segman_encoder_{variant}", "lr": 1e-3 * 8 * expected["batch_size"] / 1024}
+    assert {key: args[key] for key in expected} == expected
+
+
 def test_flags_of_vmamba_are_understood(capsys, tmp_path):
     path = recipe(tmp_path, "epochs: 7\namp: true\nuse_checkpoint: false\n")
     theirs = (

@@ -23,7 +23,7 @@ from mambavision.errors import CheckpointError, DataError, OutputError, UserErro
 # A run
 
 
-@pytest.mark.parametrize("name", ["mamba_vision_T", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize("name", ["mamba_vision_T", "segman_encoder_t", "vmamba_tiny_s1l8"])
 def test_a_run_leaves_everything_behind(train, capsys, name):
     folder = train("--model-ema", model=name)
     rows = summary(folder)
@@ -158,7 +158,6 @@ def test_initial_weights(train, tmp_path, capsys):
         (["--aa", "nonsense"], UserError, "--aa nonsense: Unknown AA policy nonsense; give a policy of timm"),
         (["--aa", "rand-m9-foo1"], UserError, "--aa rand-m9-foo1: Unknown RandAugment config section"),
         (["--mesa", "1"], UserError, "add --model-ema"),
-        (["--sync-bn"], UserError, "needs GPUs"),
         (["--batch-size", "7"], UserError, "must be even for mixup"),
         (["--jsd-loss"], UserError, "--aug-splits of at least 2"),
         (["--num-classes", "2"], UserError, "less than the 3 classes"),

@@ -44,7 +44,6 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
     problems = {
         "--mesa distils from the averaged weights: add --model-ema.": args.mesa and not args.model_ema,
         "--mesa needs the averaged weights on the GPU: drop --model-ema-force-cpu.": args.mesa and distilled_on_cpu,
-        "--sync-bn needs GPUs.": args.sync_bn and device.type != "cuda",
         "--split-bn and --jsd-loss need --aug-splits of at least 2.": (args.split_bn or args.jsd_loss)
         and args.aug_splits < 2,
         "--aug-splits and mixup do not go together: add --mixup 0 --cutmix 0.": args.aug_splits and mixing,
@@ -135,9 +134,14 @@ def build_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Modul
         model.set_grad_checkpointing()
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    if args.sync_bn:
+    if args.sync_bn and _can_synchronise():
         model = convert_sync_batchnorm(model)  # torch's own would lose the activations of timm's norm layers
     return model
+
+
+def _can_synchronise() -> bool:
+    """Alone there is nothing to synchronise with, and torch's layers do it on GPUs only."""
+    return torch.distributed.is_initialized() and torch.cuda.is_available()
 
 
 def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:

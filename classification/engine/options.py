@@ -362,7 +362,7 @@ def _add_augmentation_options(parser: Parser) -> None:
 
 def _add_averaging_options(parser: Parser) -> None:
     add = parser.add_argument
-    parser.switch("--sync-bn", help="batch statistics over all GPUs")
+    parser.switch("--sync-bn", help="batch statistics over all GPUs; without effect on the CPU")
     add("--dist-bn", default="reduce", choices=["broadcast", "reduce", ""], help="running statistics after an epoch")
     parser.switch("--split-bn", help="batch statistics for each augmentation split")
     add("--no-ddp-bb", action="store_true", help="do not broadcast buffers before every step")

@@ -17,8 +17,14 @@ def build(model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs
     Both are safe for many processes at once: a file takes its name there when it is complete.
 
     Raises:
-        CheckpointError: `pretrained` weights cannot be downloaded.
+        CheckpointError: `pretrained` weights cannot be downloaded, or nobody offers them for download.
     """
+    config = get_pretrained_cfg(variant)
+    if pretrained and not config.has_weights:
+        raise CheckpointError(
+            f"{variant}: the authors' weights ({config.notes[0]}) have no address to download them from. Get the file "
+            f"through {config.origin_url} and pass it as checkpoint_path= (--checkpoint, --initial-checkpoint)."
+        )
     try:
         return build_model_with_cfg(
             model_class,
@@ -28,7 +34,7 @@ def build(model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs
             **kwargs,
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, URLError, ConnectionError, TimeoutError) as error:
-        wanted, cache = _origin(get_pretrained_cfg(variant))
+        wanted, cache = _origin(config)
         reason = getattr(error, "reason", type(error).__name__)
         raise CheckpointError(
             f"{variant}: the released weights could not be downloaded ({reason}). Get {wanted} on a machine with "
