@@ -1,7 +1,9 @@
 """Parameters and multiply-accumulates of a model: ``python -m mambavision.complexity mamba_vision_T --size 224``.
 
-The published "FLOPs" of these models are multiply-accumulates of convolutions and linear layers; the products of
-attention and the scans are counted beside them.
+The published "FLOPs" of MambaVision are multiply-accumulates of convolutions and linear layers; the products of
+attention and the scans are counted beside them. Those of VMamba, in a column of their own, are the multiply-accumulates
+of all products, and with them 9 for each state of a scan, 5 for each number that a layer norm gives, and 1 for each
+that is averaged.
 """
 
 import argparse
@@ -15,11 +17,31 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambavision.errors import run_cli
-from mambavision.factory import create_model
+from mambavision.factory import create_model, expand_model_name
 
 # What convolutions and linear layers call.
 _LAYERS = ("aten.convolution", "aten.mm", "aten.addmm", "vision_kernels.conv1d_silu")
 _SCANS = "vision_kernels."
+
+
+def _scan_by_vmamba(u_shape, delta_shape, A_shape, *args, **kwargs) -> int:
+    batch, dim, length = u_shape
+    return 2 * batch * dim * length * (9 * A_shape[1] + 1)
+
+
+def _ss2d_by_vmamba(x_shape, projections_shape, dt_weight_shape, dt_bias_shape, A_shape, *args, **kwargs) -> int:
+    """Four scans, and the products that give their step sizes."""
+    batch, dim, height, width = x_shape
+    return 2 * batch * 4 * dim * height * width * (9 * A_shape[1] + 1 + dt_weight_shape[2])
+
+
+# What VMamba's authors count otherwise than torch, times two, as torch counts two for a multiply-accumulate.
+_BY_VMAMBA = {
+    torch.ops.vision_kernels.selective_scan: _scan_by_vmamba,
+    torch.ops.vision_kernels.ss2d: _ss2d_by_vmamba,
+    torch.ops.aten.native_layer_norm: lambda x_shape, *args, **kwargs: 2 * 5 * x_shape.numel(),
+    torch.ops.aten.mean: lambda x_shape, *args, **kwargs: 2 * x_shape.numel(),  # of global pooling
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class Complexity:
     gmacs: float  # convolutions and linear layers
     gmacs_attention: float  # products of attention
     gmacs_scan: float  # operators of vision_kernels, half their operations
+    gflops_vmamba: float  # of everything, as the authors of VMamba count
 
 
 def complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Complexity:
@@ -39,7 +62,8 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Complexity
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        by_vmamba = FlopCounterMode(display=False, custom_mapping=_BY_VMAMBA)
+        with torch.no_grad(), by_vmamba, FlopCounterMode(display=False) as counter:
             functional_call(model, weights, torch.empty(1, *input_size, device="meta"))
     finally:
         model.train(was_training)
@@ -51,18 +75,28 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Complexity
         gmacs=layers / 2e9,
         gmacs_attention=(sum(operations.values()) - layers - scans) / 2e9,
         gmacs_scan=scans / 2e9,
+        gflops_vmamba=by_vmamba.get_total_flops() / 2e9,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mambavision.complexity", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="name, quoted pattern such as 'vmamba_*', or all")
     parser.add_argument("--size", type=int, help="height and width of the image; default: the model's")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each model")
     args = parser.parse_args()
+    names = list(dict.fromkeys(name for given in args.models for name in expand_model_name(given)))
     if not args.json:
-        print(f"{'model':<28}{'size':>6}{'params (M)':>12}{'GMACs':>9}{'+ attention':>13}{'+ scan':>9}")
-    for name in args.models:
+        columns = (
+            ("size", 6),
+            ("params (M)", 12),
+            ("GMACs", 9),
+            ("+ attention", 13),
+            ("+ scan", 9),
+            ("as VMamba counts", 18),
+        )
+        print(f"{'model':<28}" + "".join(f"{heading:>{width}}" for heading, width in columns))
+    for name in names:
         with torch.device("meta"):
             model = create_model(name)
         channels, *native = model.pretrained_cfg["input_size"]
@@ -73,7 +107,7 @@ def main() -> None:
         else:
             print(
                 f"{name:<28}{size:>6}{counts.params / 1e6:>12.2f}{counts.gmacs:>9.2f}{counts.gmacs_attention:>13.3f}"
-                f"{counts.gmacs_scan:>9.3f}"
+                f"{counts.gmacs_scan:>9.3f}{counts.gflops_vmamba:>18.2f}"
             )
 
 

@@ -24,6 +24,24 @@ def list_models(filter: str | list[str] = "", **kwargs: Any) -> list[str]:
     return timm.list_models(filter, module=_MODULES, **kwargs)
 
 
+def expand_model_name(given: str, **kwargs: Any) -> list[str]:
+    """Return the names of this package's models that ``all`` or a pattern means; another name as it is.
+
+    Args:
+        given: Name, wildcards as in ``mamba_vision*``, or ``all``.
+        **kwargs: As for `list_models`.
+
+    Raises:
+        UserError: The pattern matches no model.
+    """
+    if given != "all" and "*" not in given:
+        return [given]
+    names = list_models("" if given == "all" else given, **kwargs)
+    if not names:
+        raise UserError(f"{given}: matches none of {', '.join(list_models())}.")
+    return names
+
+
 def create_model(
     name: str, pretrained: bool = False, checkpoint_path: str | os.PathLike | None = None, **kwargs: Any
 ) -> nn.Module:

@@ -23,7 +23,7 @@ from engine.loaders import Share, eval_loader
 from engine.saved import Classifier, mixed_precision, open_classifier
 from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
-from mambavision.factory import list_models
+from mambavision.factory import expand_model_name
 from mambavision.launch import Process, join, leave, pick_device, this_process
 from mambavision.reporting import start_logging
 
@@ -78,14 +78,9 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str | None, str]]:
 
 
 def _model_names(model: str) -> list[str]:
-    if model == "all" or "*" in model:
-        names = list_models("" if model == "all" else model, pretrained=True, include_tags=False)
-        if not names:
-            raise UserError(f"--model {model}: matches none of {', '.join(list_models())}.")
-        return names
     if Path(model).is_file():
         return Path(model).read_text().split()
-    return [model]
+    return expand_model_name(model, pretrained=True, include_tags=False)
 
 
 @dataclass

@@ -27,7 +27,7 @@ def ss2d_unfused(
 ) -> Tensor:
     """Return y (batch, dim, height, width) of `out_dtype`, by the forward function of a selective scan."""
     height, width = x.shape[2:]
-    _, sequences = _sequences(x, projections, dt_weight, dt_bias, A, D, routes)
+    _, sequences = scan_arguments(x, projections, dt_weight, dt_bias, A, D, routes)
     y = scan(*sequences, True, sequences[0].dtype).unflatten(1, (4, -1))
     return cross_merge_torch(y, height, width, routes).view(x.shape).to(out_dtype)
 
@@ -45,7 +45,7 @@ def ss2d_unfused_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the six tensors from x to D, by the backward function of a selective scan."""
     height, width = x.shape[2:]
-    low, sequences = _sequences(x, projections, dt_weight, dt_bias, A, D, routes)
+    low, sequences = scan_arguments(x, projections, dt_weight, dt_bias, A, D, routes)
     grad_sequence = cross_scan_torch(grad_y.to(sequences[0].dtype), routes).flatten(1, 2)
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = scan_backward(grad_sequence, *sequences, True)
     grad_delta = grad_delta.unflatten(1, (4, -1))  # (batch, 4, dim, length)
@@ -62,7 +62,7 @@ def ss2d_unfused_backward(
     )
 
 
-def _sequences(x, projections, dt_weight, dt_bias, A, D, routes) -> tuple[Tensor, tuple[Tensor, ...]]:
+def scan_arguments(x, projections, dt_weight, dt_bias, A, D, routes) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the low-rank step sizes (batch, 4, rank, length) and the arguments of the scan, in compute precision."""
     dtype = compute_dtype(x)
     rank, states = dt_weight.shape[2], A.shape[1]

@@ -1,0 +1,232 @@
+"""Maps of what a position takes from which others: of selective scans, and of softmax attention.
+
+Unrolled, a selective scan is a lower triangular matrix between the positions of its sequence, as attention is (Liu et
+al. 2024, section 4.3, https://arxiv.org/abs/2401.10166). With the states' decay w_i = exp(A (delta_1 + ... + delta_i)),
+the output at position i takes from the input at j <= i ``sum_n C_i w_i / w_j delta_j B_j``.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mambavision.analysis.recording import AttentionRecord, Layout, ScanRecord
+from mambavision.errors import UserError
+from mambavision.models.layers import check_choice
+
+Mode = Literal["CB", "CBdt", "CwBw", "CwBdtw", "ww"]
+Normalisation = Literal["none", "norm", "absnorm"]
+
+# Rows of the matrix that are computed at once.
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """Which map to make of a block's scans. As text, the name that the original gives it: ``a0_norm_CB``.
+
+    Args:
+        mode: What stands between positions i and j: "CB": C_i B_j; "CwBw": with the decay w_i / w_j of the states in
+            between; "ww": the decay alone. "CBdt" and "CwBdtw" also have the step size delta_j, as the scan has. The
+            sum over the states, and the mean over the channels.
+        route: Of the scan; "all": the sum over the routes; "nall": the mean over the routes, each normalised before.
+        normalisation: Of the whole matrix of an image: "norm": from its least value to its largest; "absnorm": the
+            absolute value over the largest; or "none".
+        in_order_of_route: Rows and columns in the order in which the route reads the image, instead of row-major
+            order; for a single route.
+    """
+
+    mode: Mode
+    route: int | Literal["all", "nall"] = "all"
+    normalisation: Normalisation = "norm"
+    in_order_of_route: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, Mode)
+        check_choice("normalisation", self.normalisation, Normalisation)
+        if self.route not in ("all", "nall") and not (isinstance(self.route, int) and self.route >= 0):
+            raise ValueError(f"route must be a number from 0 on, 'all' or 'nall', got {self.route!r}")
+        if self.in_order_of_route and not isinstance(self.route, int):
+            raise ValueError("in_order_of_route is for a single route: the routes have different orders")
+
+    @classmethod
+    def parse(cls, name: str) -> "MapKind":
+        """Return the kind of a name of the original, ``<route>[_norm|_absnorm]_<mode>``.
+
+        Raises:
+            UserError: It is not such a name.
+        """
+        modes = "|".join(get_args(Mode))
+        match = re.fullmatch(rf"(?:a(o?)(\d+)|(n?all))_(?:(norm|absnorm)_)?({modes})", name)
+        if match is None:
+            raise UserError(
+                f"unknown map {name!r}: write a route (a0, a1, ...; ao0, ... in the route's own order; all, nall), "
+                f"_norm or _absnorm or neither, and _{', _'.join(get_args(Mode))}; for example all_norm_CB."
+            )
+        own_order, route, combined, normalisation, mode = match.groups()
+        return cls(mode, combined or int(route), normalisation or "none", bool(own_order))
+
+    def __str__(self) -> str:
+        route = f"a{'o' * self.in_order_of_route}{self.route}" if isinstance(self.route, int) else self.route
+        return "_".join([route, *([] if self.normalisation == "none" else [self.normalisation]), self.mode])
+
+
+def attention_maps(record: ScanRecord | AttentionRecord, kinds: Iterable[MapKind] = ()) -> dict[str, Tensor]:
+    """Return the maps of a block.
+
+    Args:
+        record: From `record_blocks`.
+        kinds: Which maps of scans; softmax attention has one map only.
+
+    Returns:
+        By name, (batch, windows, length, length): row i is what position i takes from each other. For softmax
+        attention, the mean over the heads as "softmax".
+
+    Raises:
+        UserError: The scan has no such route.
+    """
+    layout = record.layout
+    if isinstance(record, AttentionRecord):
+        return {"softmax": _by_image(record.weights.mean(dim=1), layout)}
+    kinds = list(kinds)
+    count = len(record.routes)
+    for kind in kinds:
+        if isinstance(kind.route, int) and kind.route >= count:
+            raise UserError(f"map {kind}: the scan has {count} route{'s' * (count > 1)}, from 0 on.")
+    maps = {}
+    for mode in dict.fromkeys(kind.mode for kind in kinds):
+        matrices = _matrices(record, mode)  # in the order of each route
+        by_route = zip(record.routes, matrices.unbind(1), strict=True)
+        ordered = [_in_row_major_order(route, each, layout) for route, each in by_route]
+        for kind in (kind for kind in kinds if kind.mode == mode):
+            if kind.in_order_of_route:
+                chosen = normalised(_by_image(matrices[:, kind.route], layout), kind.normalisation)
+            elif kind.route == "nall":
+                each = [normalised(_by_image(one, layout), kind.normalisation) for one in ordered]
+                chosen = torch.stack(each).mean(dim=0)
+            else:
+                chosen = sum(ordered) if kind.route == "all" else ordered[kind.route]
+                chosen = normalised(_by_image(chosen, layout), kind.normalisation)
+            maps[str(kind)] = chosen
+    return {str(kind): maps[str(kind)] for kind in kinds}
+
+
+def _matrices(record: ScanRecord, mode: Mode) -> Tensor:
+    """Return (batch x windows, routes, length, length) in the order of each route."""
+    Q, K = (torch.ones_like(record.B),) * 2 if mode == "ww" else (record.C, record.B)
+    if mode in ("CB", "CBdt"):
+        matrices = Q.transpose(-1, -2) @ K
+        if mode == "CBdt":
+            matrices = matrices * record.delta.mean(dim=2)[:, :, None]
+        return matrices.tril()
+    matrices = []
+    for route, A in enumerate(record.A):  # one by one, as this takes memory for all channels and states
+        delta = record.delta[:, route, :, None]  # (batch x windows, dim, 1, length)
+        log_w = (delta * A[..., None]).cumsum(dim=-1)
+        K_route = K[:, route, None] * delta if mode == "CwBdtw" else K[:, route, None]
+        matrices.append(_with_decay(log_w, Q[:, route, None].expand_as(log_w), K_route.expand_as(log_w)) / len(A))
+    return torch.stack(matrices, dim=1)
+
+
+def _with_decay(log_w: Tensor, Q: Tensor, K: Tensor) -> Tensor:
+    """Return the sum of Q_i exp(log_w_i - log_w_j) K_j for j <= i over the two dimensions in front of the last.
+
+    (..., dim, state, length) -> (..., length, length). Only exponentials of what is not above zero are taken: w itself
+    is zero in float32 after some dozen large steps, where the original, which divides by it, bounds it by 1e-20.
+    """
+    length = log_w.shape[-1]
+    out = log_w.new_zeros(*log_w.shape[:-3], length, length)
+    for start in range(0, length, _ROWS):
+        rows = slice(start, min(start + _ROWS, length))
+        # The decay from j before these rows to i is that from j to the first of them and on from there.
+        first = log_w[..., start, None]
+        q = (Q[..., rows] * (log_w[..., rows] - first).exp()).flatten(-3, -2)
+        k = (K[..., :start] * (first - log_w[..., :start]).exp()).flatten(-3, -2)
+        out[..., rows, :start] = q.transpose(-1, -2) @ k
+        decay = (log_w[..., rows, None] - log_w[..., None, rows]).clamp(max=0).exp()
+        within = torch.einsum("...dni,...dnij,...dnj->...ij", Q[..., rows], decay, K[..., rows])
+        out[..., rows, rows] = within.tril()
+    return out
+
+
+def _in_row_major_order(route, matrices: Tensor, layout: Layout) -> Tensor:
+    """(batch x windows, length, length) in the order of a route -> the same in row-major order, on both axes."""
+    for _ in range(2):
+        matrices = route.merge(matrices, *layout.window).flatten(-2).transpose(-1, -2)
+    return matrices
+
+
+def _by_image(matrices: Tensor, layout: Layout) -> Tensor:
+    rows, columns = layout.windows
+    return matrices.unflatten(0, (-1, rows * columns))
+
+
+def normalised(matrices: Tensor, how: Normalisation) -> Tensor:
+    """Normalise the matrices (batch, windows, length, length) of each image, see `MapKind`."""
+    if how == "none":
+        return matrices
+    if how == "absnorm":
+        return matrices.abs() / matrices.abs().amax(dim=(1, 2, 3), keepdim=True)
+    least, largest = torch.aminmax(matrices.flatten(1), dim=1)
+    least, largest = (each.view(-1, 1, 1, 1) for each in (least, largest))
+    return (matrices - least) / (largest - least)
+
+
+def rollout(maps: Sequence[Tensor]) -> Tensor:
+    """Combine the maps of blocks one after the other (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928).
+
+    Each block passes on half of what it gets and half of what it takes from the positions of its map.
+
+    Args:
+        maps: From the first block to the last, (batch, windows, length, length), not negative.
+
+    Returns:
+        The same shape; rows sum up to one.
+
+    Raises:
+        ValueError: There are negative values.
+    """
+    combined = torch.eye(maps[0].shape[-1], device=maps[0].device)
+    for matrices in maps:
+        if matrices.min() < 0:
+            raise ValueError("rollout is for maps without negative values: choose normalisation 'norm' or 'absnorm'")
+        mixed = matrices + torch.eye(matrices.shape[-1], device=matrices.device)
+        combined = mixed / mixed.sum(dim=-1, keepdim=True) @ combined
+    return combined
+
+
+def cell_of_point(layout: Layout, point: tuple[float, float]) -> tuple[int, int]:
+    """Return row and column of the cell of a map in which a point lies; x and y from 0 to 1, from left and top.
+
+    Raises:
+        UserError: The point lies outside.
+    """
+    x, y = point
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise UserError(f"point {x:g},{y:g}: lies outside of the image; x and y go from 0 (left, top) to 1.")
+    return min(int(y * layout.height), layout.height - 1), min(int(x * layout.width), layout.width - 1)
+
+
+def map_of_point(maps: Tensor, layout: Layout, point: tuple[float, float]) -> Tensor:
+    """Return what the cell of a point takes from each cell: a row of the matrix, laid out as the map.
+
+    Args:
+        maps: (batch, windows, length, length) from `attention_maps`.
+        layout: Of the record.
+        point: See `cell_of_point`.
+
+    Returns:
+        (batch, height, width); NaN outside of the cell's window.
+    """
+    row, column = cell_of_point(layout, point)
+    height, width = layout.window
+    top, left = row // height * height, column // width * width
+    window = row // height * layout.windows[1] + column // width
+    taken = maps[:, window, (row - top) * width + column - left].unflatten(-1, (height, width))
+    whole = maps.new_full((len(maps), layout.height, layout.width), torch.nan)
+    inside = whole[:, top : top + height, left : left + width]
+    inside.copy_(taken[:, : inside.shape[1], : inside.shape[2]])  # without the padding
+    return whole

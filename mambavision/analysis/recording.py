@@ -1,0 +1,194 @@
+"""What a block hands to its scan or attention, recorded while the model runs.
+
+The models know nothing of it: a mode of torch sees the operators that are called.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mambavision.errors import UserError, nearest
+from vision_kernels.cross_scan import ROUTES, Route
+from vision_kernels.ss2d.unfused import scan_arguments
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the positions of sequences lie in a map.
+
+    A sequence is a window of the map, in row-major order. Windows stand row after row; the last ones of a row or column
+    may reach beyond the map, over padding. Models without windows have a single one.
+    """
+
+    height: int  # of the map
+    width: int
+    window: tuple[int, int]  # height and width
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Rows and columns of windows."""
+        return -(-self.height // self.window[0]), -(-self.width // self.window[1])
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """The selective scans of a block."""
+
+    delta: Tensor  # (batch x windows, routes, dim, length), behind the softplus
+    A: Tensor  # (routes, dim, state)
+    B: Tensor  # (batch x windows, routes, state, length)
+    C: Tensor  # as B
+    routes: tuple[Route, ...]  # the order in which each route reads a window
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """The softmax attention of a block."""
+
+    weights: Tensor  # (batch x windows, heads, length, length), rows sum up to one
+    layout: Layout
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps the arguments of scans and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict[str, Any]]] = []
+        self._of_interest = (
+            torch.ops.vision_kernels.ss2d,
+            torch.ops.vision_kernels.selective_scan,
+            F.scaled_dot_product_attention,
+        )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if any(function is each for each in self._of_interest):
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def block_name(model: nn.Module, stage: int, block: int) -> str:
+    """Return the name of a block of a model in stages, such as ``layers.2.blocks.1``; of another model,
+    ``blocks.1``.
+
+    Raises:
+        UserError: There is no such stage or block.
+    """
+    prefix = ""
+    if hasattr(model, "stages_name"):
+        if not 0 <= stage < len(model.stages):
+            raise UserError(f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, from 0 on.")
+        prefix = f"{model.stages_name}.{stage}."
+    names = dict(model.named_modules())
+    blocks = names.get(f"{prefix}blocks", ())
+    if not 0 <= block < len(blocks):
+        where = f"stage {stage} of " if prefix else ""
+        raise UserError(f"{where}{type(model).__name__}: has no block {block}; it has {len(blocks)}, from 0 on.")
+    return f"{prefix}blocks.{block}"
+
+
+@torch.no_grad()
+def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> list[ScanRecord | AttentionRecord]:
+    """Run a model in evaluation mode and return what its blocks hand to their scans or attention.
+
+    Args:
+        model: VMamba or MambaVision; or a vision transformer of timm, whose attention is fused.
+        images: (batch, channels, height, width).
+        names: Of modules with one (two-dimensional) scan or attention each, such as ``layers.2.blocks.1``.
+
+    Raises:
+        UserError: There is no module of that name, or it has not one scan or attention over a whole map or window.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise UserError(f"{type(model).__name__}: has no module {name!r}.{nearest(name, modules)}")
+    calls: dict[str, list] = {}
+    sizes: dict[str, torch.Size] = {}
+
+    def record(name: str) -> Callable:
+        def run(module, args, kwargs):
+            # A run for the recorder alone: a mode that is entered here and left behind the module would stay if
+            # the module fails.
+            with _Recorder() as recorder:
+                module.forward(*args, **kwargs)
+            calls[name] = recorder.calls
+
+        return run
+
+    def keep_size(stage: str) -> Callable:
+        return lambda module, args: sizes.update({stage: args[0].shape[-2:]})
+
+    stages = {name.rpartition(".blocks.")[0] for name in names}
+    hooks = [modules[name].register_forward_pre_hook(record(name), with_kwargs=True) for name in names]
+    hooks += [modules[stage].register_forward_pre_hook(keep_size(stage)) for stage in stages if stage]
+    was_training = model.training
+    model.eval()
+    try:
+        model(images)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return [_record(model, name, calls.get(name, []), sizes, images) for name in names]
+
+
+def _record(
+    model: nn.Module, name: str, calls: list, sizes: dict[str, torch.Size], images: Tensor
+) -> ScanRecord | AttentionRecord:
+    what = f"{name} of {type(model).__name__}"
+    if not calls:
+        raise UserError(f"{what}: has neither a selective scan nor fused attention; choose another block.")
+    if len(calls) > 1:
+        raise UserError(f"{what}: has {len(calls)} scans, one after the other, of which there is no common map.")
+    ((function, args, kwargs),) = calls
+    if function is torch.ops.vision_kernels.ss2d:
+        return _of_ss2d(*args[:-1])
+    layout, prefix = _layout(model, name, what, sizes, images)
+    if function is torch.ops.vision_kernels.selective_scan:
+        return _of_scan(*args[:-1], layout)
+    query, key, _, *others = args
+    # Attention to the identity matrix is the matrix of attention, whatever masks and scales there are.
+    identity = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device).expand(*key.shape[:-1], -1)
+    weights = function(query, key, identity, *others, **kwargs)
+    return AttentionRecord(weights[..., prefix:, prefix:], layout)
+
+
+def _of_ss2d(
+    x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: str
+) -> ScanRecord:
+    height, width = x.shape[2:]
+    _, (_, delta, A, B, C, _, bias) = scan_arguments(x, projections, dt_weight, dt_bias, A, D, routes)
+    delta, A = F.softplus(delta + bias[:, None]).unflatten(1, (4, -1)), A.unflatten(0, (4, -1))
+    return ScanRecord(delta, A, B, C, ROUTES[routes], Layout(height, width, (height, width)))
+
+
+def _of_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, layout: Layout) -> ScanRecord:
+    """Those of a scan along one route."""
+    if channels_last:
+        delta, B, C = (each.movedim(1, -1) for each in (delta, B, C))
+    delta = delta.float() if delta_bias is None else delta.float() + delta_bias[:, None]
+    delta = F.softplus(delta) if delta_softplus else delta
+    return ScanRecord(delta[:, None], A[None], B.float(), C.float(), ROUTES["unidirectional"][:1], layout)
+
+
+def _layout(model: nn.Module, name: str, what: str, sizes: dict[str, torch.Size], images: Tensor) -> tuple[Layout, int]:
+    """Return the layout of the sequences of a block, and how many tokens without a place stand in front of them."""
+    stage = name.rpartition(".blocks.")[0]
+    window = getattr(model.get_submodule(stage), "window", None)
+    if stage and window:
+        return Layout(*sizes[stage], (window, window)), 0
+    if not stage and hasattr(model, "num_prefix_tokens"):
+        size = tuple(
+            length // patch for length, patch in zip(images.shape[2:], model.patch_embed.patch_size, strict=True)
+        )
+        return Layout(*size, size), model.num_prefix_tokens
+    raise UserError(
+        f"{what}: the places of its tokens in the image are not known; choose a VMamba, MambaVision or ViT."
+    )
