@@ -166,6 +166,12 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return get_model_input_config(model)["input_size"]
 
 
+def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Let a model whose weights are for images of one (height, width) take those of another."""
+    if hasattr(model, "set_input_size"):  # of vision transformers and the like; others take any size
+        model.set_input_size(img_size=size)
+
+
 def data_config(model: nn.Module, options: Mapping[str, Any], use_test_size: bool = False) -> dict[str, Any]:
     """Return timm's data config: of the options, else the model's own, and always with the channels of the model.
 

@@ -16,10 +16,10 @@ from timm.utils import natural_key
 
 from engine import report
 from engine.contact_sheet import Tile, draw_contact_sheets
-from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
+from engine.data import decode_image
 from engine.saved import Classifier, mixed_precision, open_classifier
 from mambavision.checkpoint import check_writable, replacing
-from mambavision.errors import DataError, UserError
+from mambavision.errors import DataError
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
 
@@ -39,8 +39,6 @@ def predict(args: argparse.Namespace) -> None:
     """Classify all inputs and write predictions.txt, predictions.json and contact sheets to --out."""
     start_logging()
     device = pick_device(args.device, this_process())
-    if not (args.checkpoint or args.model):
-        raise UserError("no model: give --checkpoint, or --model for released weights.")
     out = Path(args.out)
     check_writable(out / "predictions.txt")
     files = find_images(args.inputs)
@@ -91,17 +89,14 @@ def _batches(
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
     """Yield files and their (batch, channels, H, W) images; broken files go to `corrupt`, or are an error if None."""
     transform = create_transform(**classifier.data_config)
-    mode = image_mode(classifier.data_config["input_size"][0])
     names: list[Path] = []
     images: list[torch.Tensor] = []
     for file in files:
         try:
-            image = decode_image(file, mode, classifier.exif_transpose)
-        except DECODING_ERRORS as error:
+            image = classifier.open_image(file)
+        except DataError as error:
             if corrupt is None:
-                raise DataError(
-                    f"{file}: cannot be decoded ({why_undecodable(error)}); leave such files out with --skip-corrupt."
-                ) from error
+                raise DataError(f"{error}; leave such files out with --skip-corrupt.") from error
             corrupt.append(str(file))
         else:
             names.append(file)
@@ -168,7 +163,7 @@ def _write(
         file.write(text.encode())
     with replacing(out / "predictions.json") as file:
         file.write(json.dumps(rows, indent=2).encode())
-    chosen = _evenly_spread(list(predictions), sheet_limit)
+    chosen = evenly_spread(list(predictions), sheet_limit)
     tiles = [_tile(file, predictions[file][0], names, classifier.exif_transpose) for file in chosen]
     sheets = draw_contact_sheets(tiles, out)
     print(text, end="")
@@ -176,7 +171,8 @@ def _write(
     _logger.info("wrote %s", ", ".join(map(str, written)))
 
 
-def _evenly_spread(files: list[Path], limit: int) -> list[Path]:
+def evenly_spread(files: list[Path], limit: int) -> list[Path]:
+    """Return at most `limit` of the files."""
     if len(files) <= limit:
         return files
     return [files[index * len(files) // limit] for index in range(limit)]

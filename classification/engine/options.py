@@ -416,6 +416,7 @@ def validate_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("-m", "--model", help="name, pattern, 'all', or a text file of names; default: the checkpoint's")
     parser.switch("--pretrained", help="use the released weights, as without --checkpoint anyway")
     _add_saved_model_options(parser)
+    _add_speed_options(parser)
     add("--test-pool", action="store_true", help="pool over larger images than trained on as timm does")
     add("--use-train-size", action="store_true", help="the training size of models that have a larger test size")
     add("-b", "--batch-size", type=_positive, default=256)
@@ -444,20 +445,24 @@ def predict_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.switch("--skip-corrupt", help="leave out images that cannot be decoded, and count them")
     add("-m", "--model", help="name of one model; default: the checkpoint's")
     _add_saved_model_options(parser)
+    _add_speed_options(parser)
     add("-b", "--batch-size", type=_positive, default=32)
     return parser.parse_args(argv)
 
 
-def _add_saved_model_options(parser: Parser) -> None:
+def _add_saved_model_options(parser: Parser, several: bool = False) -> None:
     add = parser.add_argument
-    add("--checkpoint", default="", metavar="FILE", help="weights; default: the released ones")
+    if several:
+        add("--checkpoint", nargs="+", default=[], metavar="FILE", help="weights, one for each model ('' for released)")
+    else:
+        add("--checkpoint", default="", metavar="FILE", help="weights; default: the released ones")
     parser.switch("--use-ema", help="use the averaged weights of the checkpoint")
     parser.switch("--trust-checkpoint", help="unpickle the checkpoint without restriction: it can run any code")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="further model arguments")
     add("--num-classes", type=_positive, help="default: the checkpoint's, or the model's")
     add("--in-chans", type=_positive, help="channels of the images; default: the model's")
     add("--gp", help="global pooling; default: the model's")
-    add("--img-size", type=_positive, help="height and width; default: the model's")
+    add("--img-size", "--size", type=_positive, help="height and width; default: the model's")
     add("--input-size", type=_positive, nargs=3, metavar=("C", "H", "W"), help="default: the model's")
     add("--crop-pct", type=float, help="part of the image that is cropped; default: the model's")
     add("--crop-mode", choices=["squash", "border", "center"], help="default: the model's")
@@ -466,10 +471,73 @@ def _add_saved_model_options(parser: Parser) -> None:
     add("--interpolation", default="", help="resizing; default: the model's")
     parser.switch("--exif-transpose", default=None, help="turn images upright by EXIF; default: as in training")
     add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
-    parser.switch("--amp", help="mixed precision")
-    add("--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
     parser.switch("--channels-last", help="channels-last memory layout")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+
+
+def _add_speed_options(parser: Parser) -> None:
+    parser.switch("--amp", help="mixed precision")
+    parser.add_argument(
+        "--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU"
+    )
+    parser.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+
+
+def receptive_field_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of receptive_field.py."""
+    parser = Parser({}, description="Draw effective receptive fields of models, before and after training.")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or pattern such as 'photos/*.jpg'")
+    add("--out", default="receptive_field", metavar="DIR", help="folder to write to")
+    add("-m", "--model", nargs="+", default=[], metavar="NAME", help="models to compare; default: the checkpoints'")
+    _add_saved_model_options(parser, several=True)
+    add("--weights", nargs="+", default=["initial", "trained"], choices=["initial", "trained"], help="rows to draw")
+    add("--seed", type=int, default=0, help="of the initial weights")
+    add("--count", type=_positive, default=50, help="images to average over, evenly from the inputs")
+    add("--stage", type=int, default=-1, help="whose output's middle is asked about; negative: from the last")
+    add("--shares", type=_share, nargs="+", default=[0.2, 0.5, 0.8], help="of the whole, whose squares are measured")
+    return parser.parse_args(argv)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return value
+
+
+def activation_map_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of activation_map.py."""
+    parser = Parser(
+        {},
+        description="Draw what positions of images take from which others, in the scan or the attention of a block. "
+        "The original normalised images for this by --mean 0.5 --std 0.25 instead of as in training.",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or pattern such as 'photos/*.jpg'")
+    add("--out", default="activation_maps", metavar="DIR", help="folder to write to")
+    add("-m", "--model", help="name of one model; default: the checkpoint's")
+    _add_saved_model_options(parser)
+    add("--stage", type=_not_negative, default=2, help="of the block, from 0 on; vision transformers have none")
+    add("--block", type=_not_negative, default=1, help="in its stage, from 0 on")
+    centre = [(0.5, 0.5)]
+    add("--points", type=_point, nargs="+", default=centre, metavar="X,Y", help="from 0 (left, top) to 1; quoted pairs")
+    maps = "such as all_norm_CB: a0, a1, …, all or nall; _norm, _absnorm or none; _CB, _CwBw, _ww, _CBdt or _CwBdtw"
+    add("--maps", nargs="+", metavar="MAP", help=f"{maps}; default: all routes, each by CB, CwBw and ww")
+    parser.switch("--rollout", help="combine the maps with those of the blocks before in the stage")
+    return parser.parse_args(argv)
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        x = y = -1.0
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise argparse.ArgumentTypeError(f"must be X,Y, each from 0 to 1, got {text!r}")
+    return x, y
 
 
 def throughput_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -481,8 +549,10 @@ def throughput_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs="+", default=["mamba_vision_T"], metavar="NAME", help="models of this package or of timm")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="NAME=VALUE", help="arguments of all models")
-    add("--resolution", "--img-size", type=_positive, help="height and width; default: each model's own")
-    add("-b", "--batch-size", "--bs", type=_positive, default=128)
+    sides = "height and width, one or more; default: each model's own"
+    add("--resolution", "--img-size", "--size", type=_positive, nargs="+", help=sides)
+    add("-b", "--batch-size", "--bs", type=_positive, default=128, help="halved as long as a GPU's memory runs out")
+    add("--data-path", action=NotNeeded, help="not needed: the images are random numbers")
     add("--rounds", type=_positive, default=20, help="timed rounds; in each, every model has its turn")
     add("--iterations", type=_not_negative, default=0, help="forwards in a turn; 0: about half a second's worth")
     add("--warmup", type=_not_negative, default=3, help="forwards of every model before the timing")

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from engine.build import create_any, data_config, input_size
+from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
 from mambavision.checkpoint import EMA_KEYS, load_weights, read_checkpoint
-from mambavision.errors import CheckpointError, UserError
+from mambavision.errors import CheckpointError, DataError, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -28,9 +31,26 @@ class Classifier:
     classes: list[str] | None  # None if the checkpoint does not name them
     exif_transpose: bool
 
+    def open_image(self, file: str | os.PathLike) -> Image.Image:
+        """Return an image with the channels of the model.
+
+        Raises:
+            DataError: It cannot be decoded.
+        """
+        try:
+            return decode_image(file, image_mode(self.data_config["input_size"][0]), self.exif_transpose)
+        except DECODING_ERRORS as error:
+            raise DataError(f"{file}: cannot be decoded ({why_undecodable(error)})") from error
+
 
 def open_classifier(
-    args: argparse.Namespace, name: str | None, checkpoint: str, device: torch.device, *, exif_default: bool
+    args: argparse.Namespace,
+    name: str | None,
+    checkpoint: str,
+    device: torch.device,
+    *,
+    exif_default: bool,
+    untrained: bool = False,
 ) -> Classifier:
     """Create a model and load its weights.
 
@@ -41,11 +61,14 @@ def open_classifier(
         name: Model name; None to take the checkpoint's.
         checkpoint: Path; empty for the released weights.
         exif_default: Whether to turn images upright if neither options nor checkpoint say.
+        untrained: Leave the weights as they are before training; the checkpoint says the rest.
     """
+    if not (name or checkpoint):
+        raise UserError("no model: give --checkpoint, or --model for released weights.")
     saved = read_checkpoint(checkpoint, args.trust_checkpoint) if checkpoint else {}
     name = name or saved.get("arch")
     if not isinstance(name, str):
-        raise UserError(f"{checkpoint or 'no checkpoint'}: does not name its model; give it with --model.")
+        raise UserError(f"{checkpoint}: does not name its model; give it with --model.")
     own = saved.get("model_kwargs", {}) if name == saved.get("arch") else {}
     options = {
         "num_classes": args.num_classes,
@@ -57,8 +80,8 @@ def open_classifier(
     trained = own.get("num_classes")
     if args.num_classes and trained and args.num_classes != trained:
         raise CheckpointError(f"{checkpoint}: has {trained} classes, not {args.num_classes}: leave out --num-classes.")
-    model = create_any(name, pretrained=not checkpoint, arguments=arguments)
-    if checkpoint:
+    model = create_any(name, pretrained=not (checkpoint or untrained), arguments=arguments)
+    if checkpoint and not untrained:
         if not args.use_ema and any(saved.get(key) for key in EMA_KEYS):
             _logger.info("%s: took the raw weights; it holds averaged ones too, for --use-ema", checkpoint)
         load_weights(model, saved, checkpoint, ema=args.use_ema)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import time
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from engine.build import create_any, input_size
+from engine.build import create_any, input_size, set_image_size
 from engine.saved import amp_dtype_name, mixed_precision
 from mambavision.checkpoint import check_writable, replacing
 from mambavision.complexity import Complexity, complexity
 from mambavision.launch import pick_device, this_process
+
+_logger = logging.getLogger(__name__)
 
 _SECONDS_PER_TURN = 0.5
 
@@ -44,6 +47,7 @@ class Timing:
 class _Contestant:
     name: str
     input_size: tuple[int, int, int]
+    batch_size: int
     counts: Complexity
     run: Callable[[], object]
     iterations: int = 1
@@ -66,14 +70,9 @@ def compare(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device, this_process())
-    contestants = [_contestant(args, name, device) for name in args.model]
-    for contestant in contestants:
-        contestant.memory_mib = _peak_memory(contestant.run, device)
-        for _ in range(args.warmup):
-            contestant.run()
-        contestant.iterations = args.iterations or max(1, round(_SECONDS_PER_TURN / contestant.turn(device)))
+    contestants = [_warmed_up(args, name, side, device) for name in args.model for side in args.resolution or [None]]
     seconds: list[list[float]] = [[contestant.turn(device) for contestant in contestants] for _ in range(args.rounds)]
-    timings = [_timing(args, contestant, index, seconds) for index, contestant in enumerate(contestants)]
+    timings = [_timing(contestants, index, seconds) for index in range(len(contestants))]
     setting = _setting(args, device)
     _print_table(timings, setting)
     if args.json:
@@ -81,18 +80,40 @@ def compare(args: argparse.Namespace) -> None:
             file.write(json.dumps({**setting, "results": [asdict(timing) for timing in timings]}, indent=2).encode())
 
 
-def _contestant(args: argparse.Namespace, name: str, device: torch.device) -> _Contestant:
+def _warmed_up(args: argparse.Namespace, name: str, side: int | None, device: torch.device) -> _Contestant:
+    """Return a contestant that has run, with half the batch as often as that does not fit into memory."""
+    batch_size = args.batch_size
+    while True:
+        try:
+            contestant = _contestant(args, name, side, batch_size, device)
+            contestant.memory_mib = _peak_memory(contestant.run, device)
+            for _ in range(args.warmup):
+                contestant.run()
+            contestant.iterations = args.iterations or max(1, round(_SECONDS_PER_TURN / contestant.turn(device)))
+            return contestant
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        _logger.warning("%s: out of memory with a batch of %d; trying %d", name, batch_size, batch_size // 2)
+        contestant, batch_size = None, batch_size // 2
+        torch.cuda.empty_cache()
+
+
+def _contestant(
+    args: argparse.Namespace, name: str, side: int | None, batch_size: int, device: torch.device
+) -> _Contestant:
     model = create_any(name, pretrained=False, arguments=args.model_kwargs)
     channels, height, width = input_size(model)
-    size = (channels, args.resolution or height, args.resolution or width)
+    size = (channels, side or height, side or width)
+    set_image_size(model, size[1:])
     counts = complexity(model, size)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format).train(args.train)
-    images = torch.randn(args.batch_size, *size, device=device).to(memory_format=memory_format)
+    images = torch.randn(batch_size, *size, device=device).to(memory_format=memory_format)
     autocast = mixed_precision(args, device)
     forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
     run = _training_run(model, forward, images, autocast) if args.train else _inference_run(forward, images, autocast)
-    return _Contestant(name, size, counts, run)
+    return _Contestant(name, size, batch_size, counts, run)
 
 
 def _inference_run(forward: Callable[[Tensor], Tensor], images: Tensor, autocast: Callable) -> Callable[[], Tensor]:
@@ -145,15 +166,17 @@ def _resident_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def _timing(args: argparse.Namespace, contestant: _Contestant, index: int, seconds: list[list[float]]) -> Timing:
+def _timing(contestants: list[_Contestant], index: int, seconds: list[list[float]]) -> Timing:
+    first, contestant = contestants[0], contestants[index]
     latency = statistics.median(turns[index] for turns in seconds)
+    images = contestant.batch_size / first.batch_size
     return Timing(
         model=contestant.name,
         input_size=contestant.input_size,
-        batch_size=args.batch_size,
-        images_per_second=args.batch_size / latency,
+        batch_size=contestant.batch_size,
+        images_per_second=contestant.batch_size / latency,
         latency_ms=1e3 * latency,
-        ratio=statistics.median(turns[0] / turns[index] for turns in seconds),
+        ratio=statistics.median(images * turns[0] / turns[index] for turns in seconds),
         memory_mib=contestant.memory_mib,
         params_m=contestant.counts.params / 1e6,
         gmacs=contestant.counts.gmacs,

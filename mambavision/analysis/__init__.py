@@ -7,10 +7,12 @@ from mambavision.analysis.attention import (
     attention_maps,
     cell_of_point,
     map_of_point,
+    positions_read,
     rollout,
 )
 from mambavision.analysis.receptive_field import (
     ReceptiveField,
+    check_stage,
     display_scale,
     receptive_field,
     receptive_field_maps,
@@ -29,8 +31,10 @@ __all__ = [
     "attention_maps",
     "block_name",
     "cell_of_point",
+    "check_stage",
     "display_scale",
     "map_of_point",
+    "positions_read",
     "receptive_field",
     "receptive_field_maps",
     "record_blocks",

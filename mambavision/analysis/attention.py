@@ -114,6 +114,12 @@ def attention_maps(record: ScanRecord | AttentionRecord, kinds: Iterable[MapKind
     return {str(kind): maps[str(kind)] for kind in kinds}
 
 
+def positions_read(record: ScanRecord, route: int) -> Tensor:
+    """Return, laid out as the maps of a route, 1 where j is not read after i, and 0 for what cannot reach i."""
+    matrices = torch.ones_like(record.B[:, 0, 0, :, None] * record.B[:, 0, 0, None]).tril()
+    return _by_image(_in_row_major_order(record.routes[route], matrices, record.layout), record.layout)
+
+
 def _matrices(record: ScanRecord, mode: Mode) -> Tensor:
     """Return (batch x windows, routes, length, length) in the order of each route."""
     Q, K = (torch.ones_like(record.B),) * 2 if mode == "ww" else (record.C, record.B)

@@ -60,7 +60,7 @@ def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> T
     Raises:
         UserError: The model has no such stage, or no intermediates.
     """
-    _check_stage(model, stage)
+    check_stage(model, stage)
     images = images.detach().requires_grad_()
     was_training = model.training
     model.eval()
@@ -74,7 +74,7 @@ def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> T
     return gradient.relu().sum(dim=1)
 
 
-def _check_stage(model: nn.Module, stage: int) -> None:
+def check_stage(model: nn.Module, stage: int) -> None:
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"{type(model).__name__}: has no intermediate features (forward_intermediates of timm).")
     count = len(model.feature_info)
