@@ -1,4 +1,4 @@
-"""validate.py, predict.py and throughput.py."""
+"""validate.py and predict.py."""
 
 import csv
 import json
@@ -430,51 +430,3 @@ def test_long_class_names_leave_room_for_the_rest():
     assert first.endswith("…  100 %")
     assert second.startswith("(is German")
     assert second.endswith("…)")
-
-
-# throughput.py
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["mamba_vision_T", "test_resnet"], ["test_vit2", "test_resnet", "--train", "--amp", "--channel_last"]],
-    ids=["inference", "training"],
-)
-def test_models_are_timed_side_by_side(tmp_path, capsys, words):
-    options = ["--resolution", "64", "--bs", "2", "--rounds", "3", "--iterations", "1", "--warmup", "1"]
-    options += ["--json", str(tmp_path / "speed.json"), *CPU, "--model", *words]
-    compare(throughput_options(options))
-    shown = capsys.readouterr().out
-    assert words[0] in shown
-    assert "images/s" in shown
-    report = json.loads((tmp_path / "speed.json").read_text())
-    first, second = report["results"]
-    assert [first["model"], second["model"]] == words[:2]
-    assert first["ratio"] == 1
-    assert min(first["images_per_second"], second["images_per_second"], second["ratio"]) > 0
-    assert first["latency_ms"] == pytest.approx(2000 / first["images_per_second"])
-    assert first["params_m"] == pytest.approx(sum(each.numel() for each in timm_model(words[0]).parameters()) / 1e6)
-    assert first["memory_mib"] is None or first["memory_mib"] >= 0
-    assert report["mode"] == ("training" if "--train" in words else "inference")
-
-
-def test_models_of_other_channels_are_timed(tmp_path):
-    options = [
-        "--model",
-        "test_resnet",
-        "--model-kwargs",
-        "in_chans=1",
-        "--bs",
-        "1",
-        "--rounds",
-        "1",
-        "--iterations",
-        "1",
-    ]
-    compare(throughput_options([*options, "--resolution", "32", "--json", str(tmp_path / "speed.json"), *CPU]))
-    assert json.loads((tmp_path / "speed.json").read_text())["results"][0]["input_size"] == [1, 32, 32]
-
-
-def timm_model(name):
-    with torch.device("meta"):
-        return mambavision.create_model(name)

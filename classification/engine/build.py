@@ -168,7 +168,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
     """Let a model whose weights are for images of one (height, width) take those of another."""
-    if hasattr(model, "set_input_size"):  # of vision transformers and the like; others take any size
+    # Vision transformers and the like have it; others take any size.
+    if hasattr(model, "set_input_size") and not getattr(model, "dynamic_img_size", False):
         model.set_input_size(img_size=size)
 
 

@@ -78,7 +78,7 @@ def draw_activation_maps(args: argparse.Namespace) -> None:
             for point in args.points:
                 stem = f"{number:03d}_{file.stem}_x{point[0]:g}_y{point[1]:g}"
                 title = f"What the marked cell of {file.name} takes from the others\n{classifier.name}, {names[-1]}"
-                title += f", rollout from {names[0]} on" if args.rollout else ""
+                title += f"\nrollout from {names[0]} on" if args.rollout else ""
                 rows.append(_draw(out / stem, title, as_picture(image, classifier), maps, point))
                 rows[-1] |= {"image": str(file), "model": classifier.name, "blocks": names}
             line.step(str)
