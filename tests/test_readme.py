@@ -13,7 +13,14 @@ from timm.models import get_pretrained_cfg
 
 import mambavision
 from conftest import ROOT, load_program
-from engine.options import predict_options, throughput_options, train_options, validate_options
+from engine.options import (
+    activation_map_options,
+    predict_options,
+    receptive_field_options,
+    throughput_options,
+    train_options,
+    validate_options,
+)
 from mambavision.complexity import complexity
 
 README = (ROOT / "README.md").read_text()
@@ -37,6 +44,8 @@ CLASSIFICATION = {
     "validate.py": validate_options,
     "predict.py": predict_options,
     "throughput.py": throughput_options,
+    "receptive_field.py": receptive_field_options,
+    "activation_map.py": activation_map_options,
     "./train.sh": train_options,
     "./test.sh": validate_options,
 }

@@ -154,7 +154,7 @@ def _figure(panels: list[_Panel], fields: list[ReceptiveField], squares: list[li
         axes.set_title(f"{panel.label}, {panel.weights} weights", fontsize=11)
         shares = ", ".join(f"{100 * square.share:g}" for square in measured)
         sides = ", ".join(str(square.side) for square in measured)
-        caption = f"\n{shares} % of the influence in squares of side {sides}" if measured else ""
+        caption = f"\n{shares} % of the influence\nin squares of side {sides}" if measured else ""
         axes.set_xlabel(f"x (pixels){caption}")
         axes.set_ylabel("y (pixels)")
     figure.colorbar(picture, ax=grid, label="influence on the middle (fifth root, largest = 1)", shrink=0.9, aspect=30)
