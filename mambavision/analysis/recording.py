@@ -84,7 +84,7 @@ def block_name(model: nn.Module, stage: int, block: int) -> str:
     if hasattr(model, "stages_name"):
         if not 0 <= stage < len(model.stages):
             raise UserError(f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, from 0 on.")
-        prefix = f"{model.stages_name}.{stage}."
+        prefix = model.feature_info[stage]["module"] + "."
     names = dict(model.named_modules())
     blocks = names.get(f"{prefix}blocks", ())
     if not 0 <= block < len(blocks):

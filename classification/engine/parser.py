@@ -1,0 +1,158 @@
+"""Command lines whose flags may also stand in a recipe.
+
+A recipe is a flat YAML file whose keys are flags; it is turned into command-line words that stand before the real ones,
+so that types and choices are checked in one place and the command line wins. Flags may be spelled with ``-`` or ``_``.
+"""
+
+import argparse
+import ast
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# argparse's own pattern takes -1e-05 for a flag.
+_NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
+Refused = dict[str, str]  # flag of the originals -> why it is not there and what to use
+
+# Common names for flags whose spelling is too different to be found by likeness.
+_ALIASES = {
+    "--learning-rate": "--lr",
+    "--wd": "--weight-decay",
+    "--batch": "--batch-size",
+    "--bs": "--batch-size",
+    "--optimizer": "--opt",
+    "--drop-path-rate": "--drop-path",
+    "--dropout": "--drop-rate",
+    "--auto-augment": "--aa",
+    "--grad-clip": "--clip-grad",
+    "--ema": "--model-ema",
+    "--warmup": "--warmup-epochs",
+    "--bf16": "--bfloat",
+    "--fp16": "--amp",
+    "--cfg": "--model",
+    "--resume": "--checkpoint",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that accepts ``_`` for ``-``, explains refused flags and names the nearest for unknown ones."""
+
+    def __init__(self, refused: Refused, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.refused = refused
+        self._negative_number_matcher = _NEGATIVE_NUMBER
+
+    def switch(self, *names: str, default: bool = False, help: str) -> None:
+        """Add a flag that a recipe can turn on and the command line off again, with ``--no-…``."""
+        self.add_argument(*names, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = self._switched([hyphenated(word) for word in (sys.argv[1:] if args is None else args)])
+        for word in words:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag[2:] in self.refused:
+                self.error(f"{flag} is not available: {self.refused[flag[2:]]}")
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            before = words[words.index(unknown[0]) - 1]
+            switch = self._option_string_actions.get(before)
+            if switch is not None and switch.nargs == 0 and not unknown[0].startswith("-"):
+                self.error(f"{before} takes no value, got {unknown[0]!r}: {switch.help}")
+            self.error(f"unknown argument {unknown[0]!r}.{self.did_you_mean(unknown[0].split('=')[0])}")
+        return parsed
+
+    def _switched(self, words: list[str]) -> list[str]:
+        """Write ``--flag True`` and ``--flag False``, as VMamba's program takes switches, as the switches they mean."""
+        found = []
+        for word in words:
+            action = self._option_string_actions.get(found[-1]) if found else None
+            if word.lower() in ("true", "false") and isinstance(action, argparse.BooleanOptionalAction):
+                if word.lower() == "false":
+                    found[-1] = f"--no-{found[-1][2:]}"
+            else:
+                found.append(word)
+        return found
+
+    def did_you_mean(self, flag: str) -> str:
+        known = self._option_string_actions
+        alias = _ALIASES.get(flag)
+        close = [alias] if alias in known else difflib.get_close_matches(flag, list(known), n=1, cutoff=0.5)
+        return f" Did you mean {close[0]}?" if close else ""
+
+    def error(self, message: str) -> None:
+        """End with one sentence and status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def recipe_words(self, path: str) -> list[str]:
+        """Return the command-line words that stand for a YAML recipe."""
+        try:
+            recipe = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"{path}: cannot be read as a YAML recipe ({' '.join(str(error).split())})")
+        if not isinstance(recipe, dict):
+            self.error(f"{path}: a recipe is a list of `flag: value` lines")
+        return [word for key, value in recipe.items() for word in self._words(path, str(key), value)]
+
+    def _words(self, path: str, key: str, value: Any) -> list[str]:
+        flag = "--" + key.replace("_", "-")
+        if flag[2:] in self.refused:
+            if value in (None, False, ""):
+                return []
+            self.error(f"{path}: {key} is not available: {self.refused[flag[2:]]}")
+        action = self._option_string_actions.get(flag)
+        if action is None:
+            self.error(f"{path}: unknown key {key!r}.{self.did_you_mean(flag)}")
+        if value is None:
+            return []
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                self.error(f"{path}: {key} must be true or false, got {value!r}")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                name = flag[2:].removeprefix("no-")
+                is_on = value is (name == flag[2:])  # no_amp: false is amp: true
+                return [f"--{name}" if is_on else f"--no-{name}"]
+            return [flag] if value else []
+        if isinstance(value, dict):
+            return [flag, *(f"{name}={item!r}" for name, item in value.items())]
+        if isinstance(value, list):
+            return [flag, *map(str, value)]
+        return [f"{flag}={value}"]
+
+
+def hyphenated(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+class NotNeeded(argparse.Action):
+    """Accepts a flag of the originals whose purpose is served anyway: stores nothing, and says what `help` says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"note: {option_string} is {self.help}", file=sys.stderr)
+
+
+class KeyValues(argparse.Action):
+    """``--flag a=1 b=2,3`` -> {"a": 1, "b": (2, 3)}; values are Python literals, or text if they are not."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = dict(getattr(namespace, self.dest) or {})
+        for value in values:
+            key, equals, text = value.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes name=value, got {value!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
