@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -23,15 +23,18 @@ _logger = logging.getLogger(__name__)
 
 OutNorm = Literal["ln2d", "ln", "bn"]
 
-# What the original's configs inherit from the ResNet of MMDetection's and the Swin of MMSegmentation's bases, whose
-# backbone they do not delete. The original ignores all of it, and drop_path_rate.
+# What the originals' configs inherit from the ResNets and Swins of MMDetection's and MMSegmentation's bases, whose
+# backbone they do not delete. The originals ignore what they do not know.
 _INHERITED = {
     "ResNet": {"depth", "num_stages", "frozen_stages", "norm_cfg", "norm_eval", "style", "init_cfg"},
     "SwinTransformer": {
-        "embed_dims", "pretrain_img_size", "patch_size", "strides", "qkv_bias", "qk_scale", "patch_norm", "drop_rate",
-        "attn_drop_rate", "use_abs_pos_embed", "act_cfg", "norm_cfg", "frozen_stages", "with_cp", "init_cfg",
+        "embed_dims", "pretrain_img_size", "patch_size", "strides", "num_heads", "window_size", "qkv_bias", "qk_scale",
+        "patch_norm", "drop_rate", "attn_drop_rate", "drop_path_rate", "use_abs_pos_embed", "act_cfg", "norm_cfg",
+        "convert_weights", "frozen_stages", "with_cp", "init_cfg",
     },
 }  # fmt: skip
+_OPTIONS = ("frozen_stages", "norm_eval", "with_cp", "init_cfg")
+_LEFT_OUT = ("outnorm", "norm.", "head.", "classifier.")  # entries of checkpoints that a backbone has no use for
 
 
 class BackboneArgumentError(UserError, ValueError):
@@ -122,7 +125,9 @@ class FeatureMaps:
 
     def init_weights(self) -> None:
         """Load the pretrained weights; mmengine calls this before training."""
-        if self.pretrained is None:
+        if not self.pretrained:
+            if self.pretrained == "":  # as in VMamba's configs, to be filled in on the command line
+                _logger.warning("pretrained is empty: the backbone starts from random weights")
             return
         if timm.is_model(self.pretrained):
             checkpoint = create_model(self.pretrained, pretrained=True).state_dict()
@@ -130,7 +135,7 @@ class FeatureMaps:
             checkpoint = CheckpointLoader.load_checkpoint(self.pretrained, map_location="cpu")
         report = load_weights(self.trunk, checkpoint, self.pretrained, strict=False)
         missing = [key for key in report.missing if not key.startswith("outnorm")]
-        unexpected = [key for key in report.unexpected if not key.startswith(("outnorm", "norm.", "head."))]
+        unexpected = [key for key in report.unexpected if not key.startswith(_LEFT_OUT)]
         if missing or unexpected or report.reshaped:
             raise CheckpointError(f"{self.pretrained}: is of another model than the backbone: {report}.")
 
@@ -148,6 +153,46 @@ def _pretrained(pretrained: str | None, init_cfg: dict[str, Any] | None) -> str 
 def _is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def sort_arguments(
+    backbone: type[FeatureMaps],
+    given: Mapping[str, Any],
+    own: Collection[str],
+    consequence: str,
+    survivors: Collection[str] = (),
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of a backbone's model, and the options of `FeatureMaps`, among keyword arguments.
+
+    Those of a ResNet or Swin that the config inherits without deleting it are left out, and the log says so.
+
+    Args:
+        backbone: The class, which names itself and its own parameters in messages.
+        given: Keyword arguments that are no parameters of the backbone.
+        own: Names of the model's arguments.
+        consequence: What it means that inherited arguments are left out, for the log.
+        survivors: Names that the backbone takes over if they are inherited.
+
+    Raises:
+        BackboneArgumentError: There is no such argument; names the nearest.
+    """
+    base = "ResNet" if "depth" in given else "SwinTransformer" if "embed_dims" in given else None
+    if base is not None:
+        ignored = (_INHERITED[base] | {"drop_path_rate"}).difference(survivors)
+        _logger.warning(
+            "the config inherits a %s backbone without _delete_=True, as the original's do: as there, these arguments "
+            "have no effect: %s; %s",
+            base,
+            ", ".join(f"{key}={value}" for key, value in given.items() if key in ignored),
+            consequence,
+        )
+        given = {key: value for key, value in given.items() if key not in ignored}
+    for name in given:
+        if name not in own and name not in _OPTIONS:
+            known = [*inspect.signature(backbone).parameters, *_OPTIONS, *own]
+            raise BackboneArgumentError(f"{backbone.__name__} has no argument {name!r}.{nearest(name, known)}")
+    options = {name: given[name] for name in _OPTIONS if name in given}
+    return {name: value for name, value in given.items() if name not in options}, options
 
 
 @MODELS.register_module()
@@ -173,36 +218,17 @@ class MM_mamba_vision(FeatureMaps, MambaVision):  # noqa: N801
         layer_scale: float | None = None,
         **others: Any,
     ) -> None:
-        others = _without_inherited(others)
-        options = {name: others.pop(name) for name in _OPTIONS if name in others}
-        for name in others:
-            if name not in _MODEL_ARGUMENTS:
-                known = [*inspect.signature(MM_mamba_vision).parameters, *_OPTIONS, *_MODEL_ARGUMENTS]
-                raise BackboneArgumentError(f"MM_mamba_vision has no argument {name!r}.{nearest(name, known)}")
+        arguments, options = sort_arguments(type(self), others, _MODEL_ARGUMENTS, _AS_TRAINED)
         super().__init__(
             dim, in_dim, tuple(depths), tuple(window_size), tuple(num_heads), mlp_ratio,
-            num_classes=0, global_pool="", layer_scale=layer_scale, **others,
+            num_classes=0, global_pool="", layer_scale=layer_scale, **arguments,
         )  # fmt: skip
         self.norm = nn.Identity()
         self._set_up(out_indices, norm_layer, pretrained, **options)
 
 
-_OPTIONS = ("frozen_stages", "norm_eval", "with_cp", "init_cfg")
 _MODEL_ARGUMENTS = set(inspect.signature(MambaVision).parameters) - {"num_classes", "global_pool"}
-
-
-def _without_inherited(arguments: dict[str, Any]) -> dict[str, Any]:
-    base = "ResNet" if "depth" in arguments else "SwinTransformer" if "embed_dims" in arguments else None
-    if base is None:
-        return arguments
-    ignored = _INHERITED[base] | {"drop_path_rate"}
-    _logger.warning(
-        "the config inherits a %s backbone without _delete_=True, as the original's do: as there, these arguments "
-        "have no effect: %s; stochastic depth is 0.2, batch norms use batch statistics and nothing is frozen",
-        base,
-        ", ".join(f"{key}={value}" for key, value in arguments.items() if key in ignored),
-    )
-    return {key: value for key, value in arguments.items() if key not in ignored}
+_AS_TRAINED = "stochastic depth is 0.2, batch norms use batch statistics and nothing is frozen"
 
 
 @MODELS.register_module()
