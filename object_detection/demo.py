@@ -10,7 +10,7 @@ from mambavision.openmmlab.demo import Demo, Score
 from mambavision.openmmlab.scenes import Options
 
 DEMO = Demo(
-    title="Mask R-CNN on a small MambaVision",
+    title="Mask R-CNN on digits",
     task=Path(__file__).resolve().parent,
     config="configs/mamba_vision/mask_rcnn_mamba_vision_digits.py",
     layout="coco",

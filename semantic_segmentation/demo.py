@@ -10,7 +10,7 @@ from mambavision.openmmlab.demo import Demo, Score
 from mambavision.openmmlab.scenes import Options
 
 DEMO = Demo(
-    title="UPerNet on a small MambaVision",
+    title="UPerNet on digits",
     task=Path(__file__).resolve().parent,
     config="configs/mamba_vision/upernet_mamba_vision_digits.py",
     layout="ade20k",

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mambavision.demo import complete_run, leave_interrupts_to_programs, print_outcome, run_folder, run_program
+from mambavision.openmmlab.config import load_config
 from mambavision.openmmlab.scenes import Layout, Options, write_scenes
 
 _RESULTS = "results.json"
 _EXAMPLES = 12
-_CLASSIFIER = Path("../classification/configs/mambavision/mambavision_digits.yaml")
+# The recipes of classification's demo whose classifiers have the backbones of the demos here.
+_CLASSIFIERS = {"MM_mamba_vision": "mambavision/mambavision_digits.yaml", "MM_VSSM": "vmamba/vmamba_digits.yaml"}
+_RECIPES = Path("../classification/configs")
 _CLASSIFIER_RUNS = Path("../output/demo/runs")
 _CLASSIFIER_RESULTS = "validation.json"
 
@@ -72,7 +75,7 @@ class Demo:
         leave_interrupts_to_programs()
         folder = run_folder(runs, config, _RESULTS)
         environment = {"SCENES_ROOT": str(data)}
-        options = ["--work-dir", folder, *_starting_weights()]
+        options = ["--work-dir", folder, *_starting_weights(config)]
         if folder.exists():
             print(f"going on with an interrupted run; to start anew, delete {folder.resolve()}", flush=True)
             options.append("--resume")
@@ -90,7 +93,7 @@ class Demo:
         rows = {f"{score.name} on held-out digits and photographs": f"{value:.1f}" for score, value in reached.items()}
         rows["time of this training"] = f"{seconds:.0f} s"
         rows["predictions"] = self._write_sheet(predictions, folder / "predictions.png")
-        print_outcome(self.title, rows)
+        print_outcome(f"{self.title}, {config.stem}", rows)
         missed = [
             f"{score.name} {value:.1f} is below {score.floor:.1f}"
             for score, value in reached.items()
@@ -124,11 +127,12 @@ class Demo:
         return sheet
 
 
-def _starting_weights() -> list[str]:
-    """Return the options that start from the demo of classification, if that has been run."""
-    classifier = complete_run(_CLASSIFIER_RUNS, _CLASSIFIER, _CLASSIFIER_RESULTS)
+def _starting_weights(config: Path) -> list[str]:
+    """Return the options that start from the demo of classification, if that has been run with this backbone."""
+    recipe = _CLASSIFIERS.get(load_config(config).model.backbone.type)
+    classifier = recipe and complete_run(_CLASSIFIER_RUNS, _RECIPES / recipe, _CLASSIFIER_RESULTS)
     if classifier is None:
-        print("the backbone starts from scratch: the demo of classification has not been run", flush=True)
+        print("the backbone starts from scratch: the demo of classification has not been run with it", flush=True)
         return []
     weights = classifier / "model_best.pth.tar"
     print(f"the backbone starts from the demo of classification, {weights}", flush=True)

@@ -1,7 +1,7 @@
 _base_ = [
     "../_base_/cascade_mask_rcnn.py",
     "../_base_/mamba_vision.py",
-    "../_base_/coco_instance.py",
+    "../_base_/coco_instance_multi_scale.py",
     "../_base_/schedule_3x.py",
     "../_base_/runtime.py",
 ]
