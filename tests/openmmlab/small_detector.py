@@ -8,9 +8,8 @@ _base_ = [
 data_root = "{{$SCENES_ROOT:}}"
 head = dict(in_channels=16, num_classes=10)
 norm = dict(type="SyncBN")
-model = dict(
-    backbone=dict(
-        _delete_=True,
+backbones = dict(
+    mamba_vision=dict(
         type="MM_mamba_vision",
         dim=16,
         in_dim=8,
@@ -18,6 +17,10 @@ model = dict(
         num_heads=(1, 1, 2, 4),
         window_size=(8, 8, 4, 2),
     ),
+    vssm=dict(type="MM_VSSM", dims=16, depths=(1, 1, 2, 1), ssm_d_state=1, forward_type="v05_noz"),
+)
+model = dict(
+    backbone=dict(_delete_=True, **backbones["{{$BACKBONE:mamba_vision}}"]),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=16, norm_cfg=norm),
     rpn_head=dict(in_channels=16, feat_channels=16),
     roi_head=dict(

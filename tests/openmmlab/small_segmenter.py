@@ -6,10 +6,8 @@ _base_ = [
     "../../semantic_segmentation/configs/_base_/runtime.py",
 ]
 head = dict(channels=8, num_classes=11)
-model = dict(
-    data_preprocessor=dict(size=(48, 48)),
-    backbone=dict(
-        _delete_=True,
+backbones = dict(
+    mamba_vision=dict(
         type="MM_mamba_vision",
         dim=16,
         in_dim=8,
@@ -17,6 +15,11 @@ model = dict(
         num_heads=(1, 1, 2, 4),
         window_size=(8, 8, 4, 2),
     ),
+    vssm=dict(type="MM_VSSM", dims=16, depths=(1, 1, 2, 1), ssm_d_state=1, forward_type="v05_noz"),
+)
+model = dict(
+    data_preprocessor=dict(size=(48, 48)),
+    backbone=dict(_delete_=True, **backbones["{{$BACKBONE:mamba_vision}}"]),
     decode_head=dict(in_channels=[16, 32, 64, 128], **head),
     auxiliary_head=dict(in_channels=64, **head),
 )

@@ -1,6 +1,7 @@
 """The backbones that OpenMMLab configs name: recorded numbers, arguments, weights."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ from torch import nn
 import mambavision
 from conftest import SMALL
 from mambavision.errors import CheckpointError, UserError
-from mambavision.openmmlab import MM_mamba_vision, RegisteredBackbone
+from mambavision.openmmlab import MM_VSSM, MM_mamba_vision, RegisteredBackbone
 from mambavision.openmmlab.backbones import BackboneArgumentError
 from parity import fill_, image, recorded
 
 SIZE = {key: value for key, value in SMALL["mamba_vision_T"].items() if key != "num_classes"}
+SMALL_BACKBONES = {
+    "MM_mamba_vision": partial(MM_mamba_vision, **SIZE),
+    "RegisteredBackbone": partial(RegisteredBackbone, "mamba_vision_T", **SIZE),
+    "MM_VSSM": partial(MM_VSSM, dims=16, depths=(1, 1, 2, 1), norm_layer="bn"),
+}
 
 
 @pytest.fixture(scope="module", params=["det_T", "seg_T"])
@@ -53,6 +59,7 @@ def test_every_library_finds_the_backbones(library):
     with DefaultScope.overwrite_default_scope(library):
         init_default_scope(library)
         built = MODELS.build({"type": "MM_mamba_vision", **SIZE})
+        assert isinstance(MODELS.build({"type": "MM_VSSM", "dims": 16}), MM_VSSM)
         named = MODELS.build({"type": "RegisteredBackbone", "name": "mamba_vision_T", **SIZE})
     x = torch.randn(1, 3, 64, 64)
     assert [features.shape for features in built.eval()(x)] == [features.shape for features in named.eval()(x)]
@@ -108,13 +115,10 @@ def test_stochastic_depth_is_taken_from_the_config():
 
 
 @pytest.mark.parametrize("stages", [-1, 0, 2, 3, 4])
-@pytest.mark.parametrize("kind", ["own", "named"])
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
 def test_frozen_stages(kind, stages):
-    options = {"frozen_stages": stages, "drop_path_rate": 0.5, **SIZE}
-    backbone = MM_mamba_vision(**options) if kind == "own" else RegisteredBackbone("mamba_vision_T", **options)
-    backbone.train()
-    trunk = backbone.trunk
-    parts = [trunk.patch_embed, *trunk.levels]
+    backbone = SMALL_BACKBONES[kind](frozen_stages=stages, drop_path_rate=0.5).train()
+    parts = [backbone.trunk.patch_embed, *backbone.trunk.stages]
     norms = [getattr(backbone, f"outnorm{stage}") for stage in range(4)]
     for index, part in enumerate(parts):
         is_frozen = index <= stages
@@ -131,15 +135,17 @@ def test_frozen_stages(kind, stages):
         assert all(torch.equal(before[index][key], statistics[index][key]) for key in before[index])
 
 
-def test_batch_norms_can_keep_their_statistics():
-    backbone = MM_mamba_vision(**SIZE, norm_eval=True).train()
-    is_norm = [isinstance(module, nn.BatchNorm2d) for module in backbone.modules()]
-    assert [not module.training for module in backbone.modules()] == is_norm
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
+def test_batch_norms_can_keep_their_statistics(kind):
+    backbone = SMALL_BACKBONES[kind](norm_eval=True).train()
+    is_norm = [isinstance(module, nn.BatchNorm2d) for module in backbone.trunk.modules()]
+    assert [not module.training for module in backbone.trunk.modules()] == is_norm
     assert any(is_norm)
 
 
-def test_recomputed_activations_give_the_same_gradients():
-    plain, recomputing = (MM_mamba_vision(**SIZE, drop_path_rate=0.0, with_cp=with_cp) for with_cp in (False, True))
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
+def test_recomputed_activations_give_the_same_gradients(kind):
+    plain, recomputing = (SMALL_BACKBONES[kind](drop_path_rate=0.0, with_cp=with_cp) for with_cp in (False, True))
     recomputing.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 64, 64)
     saved = []

@@ -70,6 +70,7 @@ def trained(coco_scenes, tmp_path_factory):
         tool = load_tool("train", monkeypatch)
         work_dir = tmp_path_factory.mktemp("trained")
         words = [str(CONFIG), "--work-dir", str(work_dir), "--cfg-options", "model.backbone.depth=50"]
+        forget_last_run()
         run.train(run.options_of_training(words), tool.check_datasets)
     return work_dir
 
@@ -125,6 +126,15 @@ def test_scores(score, trained, tmp_path):
     predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
     assert [prediction["img_id"] for prediction in predictions] == [0, 1]
     assert all("bboxes" in prediction["pred_instances"] for prediction in predictions)
+
+
+def test_training_with_vssm(train, score, monkeypatch):
+    monkeypatch.setenv("BACKBONE", "vssm")
+    work_dir = train("--cfg-options", "train_cfg.max_epochs=1")
+    assert torch.tensor(losses(work_dir)).isfinite().all()
+    checkpoint = work_dir / "epoch_1.pth"
+    assert "backbone.layers.0.blocks.0.op.A_logs" in read_checkpoint(checkpoint)["state_dict"]
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= score(checkpoint).keys()
 
 
 def test_scores_of_weights_in_safetensors(score, trained, tmp_path):

@@ -182,6 +182,17 @@ def test_scores(score, trained, tmp_path):
     assert len([*(tmp_path / "shown").rglob("*.png")]) == 2
 
 
+def test_training_with_vssm(train, score, monkeypatch):
+    monkeypatch.setenv("BACKBONE", "vssm")
+    work_dir = train(
+        "--cfg-options", "train_cfg.max_iters=2", "val_cfg=None", "val_dataloader=None", "val_evaluator=None"
+    )
+    assert torch.tensor(losses(work_dir)).isfinite().all()
+    checkpoint = work_dir / "iter_2.pth"
+    assert "backbone.layers.0.blocks.0.op.A_logs" in read_checkpoint(checkpoint)["state_dict"]
+    assert "mIoU" in score(checkpoint)
+
+
 def test_multi_scale_scores(score, trained, scenes):
     """Of small and odd images too."""
     for number, size in enumerate([(33, 47), (8, 8)]):

@@ -1,0 +1,28 @@
+# Sourced by the dist_train.sh and dist_test.sh of detection and segmentation: runs the program beside them on several
+# GPUs of each machine. train.sh and test.sh need less to be said, and know Slurm.
+#
+# From the environment, all optional:
+#   NNODES        machines, on each of which the script is started (default: 1)
+#   NODE_RANK     number of this machine, from 0 on (default: 0)
+#   MASTER_ADDR   address of the first machine (default: 127.0.0.1)
+#   PORT          free port there (default: 29500)
+#   PYTHON        interpreter (default: python)
+
+distribute() { # distribute PROGRAM "NAME_OF_ARGUMENT ..." [ARGUMENT ...] GPUS [OPTION ...]
+    local program=$1 script=${0##*/} names count gpus
+    read -ra names <<<"$2"
+    shift 2
+    count=${#names[@]}
+    if (($# <= count)); then
+        echo "error: $script needs at least $((count + 1)) arguments: $script ${names[*]} GPUS [OPTION ...]" >&2
+        return 2
+    fi
+    gpus=${*:count+1:1}
+    if [[ ! $gpus =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: GPUS must be a number from 1 on, got $gpus: $script ${names[*]} GPUS [OPTION ...]" >&2
+        return 2
+    fi
+    "${PYTHON:-python}" -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${PORT:-29500}" --nproc-per-node "$gpus" \
+        "$(dirname "${BASH_SOURCE[1]}")/$program" "${@:1:count}" "${@:count+2}"
+}
