@@ -122,9 +122,9 @@ def shell(tmp_path):
         (tools / name).write_text(f"#!{shutil.which('bash')}\n{commands}\n")
         (tools / name).chmod(0o755)
 
-    def run(script, *words, **environment):
+    def run(script, *words, folder="classification", **environment):
         environment = {"PATH": str(tools), "PYTHON": "python"} | environment
-        command = ["bash", str(ROOT / "classification" / script), *words]
+        command = ["bash", str(ROOT / folder / script), *words]
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
 
     run.fake = fake
@@ -189,3 +189,41 @@ def test_scripts_use_an_allocation(shell):
     shown = shell("test.sh", "x", SLURM_JOB_ID="1", GPUS="2").stdout
     assert shown == "<srun><--nodes=1><--ntasks-per-node=2><--gres=gpu:2><--kill-on-bad-exit=1><--label>" \
         "<python><-u><validate.py><x>"  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["object_detection/tools", "semantic_segmentation/tools"])
+def test_scripts_with_the_number_of_gpus(shell, folder):
+    shell.fake("python")
+    launcher = (
+        "<python><-m><torch.distributed.run><--nnodes><{}><--node-rank><{}><--master-addr><{}><--master-port><{}>"
+    )
+    shown = shell("dist_train.sh", "a b.py", "1", folder=folder).stdout
+    start = launcher.format(1, 0, "127.0.0.1", 29500)
+    assert shown == f"{start}<--nproc-per-node><1><{ROOT / folder / 'train.py'}><a b.py>"
+    words = ("config.py", "weights.pth", "8", "--cfg-options", "a='b c'")
+    machines = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "PORT": "1234"}
+    shown = shell("dist_test.sh", *words, folder=folder, **machines).stdout
+    start = launcher.format(2, 1, "10.0.0.1", 1234)
+    program = ROOT / folder / "test.py"
+    assert shown == f"{start}<--nproc-per-node><8><{program}><config.py><weights.pth><--cfg-options><a='b c'>"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("dist_train.sh", "dist_train.sh needs at least 2 arguments: dist_train.sh CONFIG GPUS [OPTION ...]"),
+        (
+            "dist_test.sh a.py 8",
+            "dist_test.sh needs at least 3 arguments: dist_test.sh CONFIG CHECKPOINT GPUS [OPTION ...]",
+        ),
+        (
+            "dist_train.sh a.py --amp 8",
+            "GPUS must be a number from 1 on, got --amp: dist_train.sh CONFIG GPUS [OPTION ...]",
+        ),
+        ("dist_train.sh a.py 0", "GPUS must be a number from 1 on, got 0: dist_train.sh CONFIG GPUS [OPTION ...]"),
+    ],
+    ids=str,
+)
+def test_scripts_say_what_they_need(shell, words, complaint):
+    refused = shell(*words.split(), folder="object_detection/tools")
+    assert (refused.returncode, refused.stderr, refused.stdout) == (2, f"error: {complaint}\n", "")
