@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mambavision.demo import complete_run, leave_interrupts_to_programs, print_outcome, run_folder, run_program
-from mambavision.openmmlab.config import load_config
 from mambavision.openmmlab.scenes import Layout, Options, write_scenes
 
 _RESULTS = "results.json"
 _EXAMPLES = 12
-# The recipes of classification's demo whose classifiers have the backbones of the demos here.
-_CLASSIFIERS = {"MM_mamba_vision": "mambavision/mambavision_digits.yaml", "MM_VSSM": "vmamba/vmamba_digits.yaml"}
+# By the folder of a demo's config, the recipe of classification's demo that trains the same backbone.
+_CLASSIFIERS = {"mamba_vision": "mambavision/mambavision_digits.yaml", "vmamba": "vmamba/vmamba_digits.yaml"}
 _RECIPES = Path("../classification/configs")
 _CLASSIFIER_RUNS = Path("../output/demo/runs")
 _CLASSIFIER_RESULTS = "validation.json"
@@ -129,7 +128,7 @@ class Demo:
 
 def _starting_weights(config: Path) -> list[str]:
     """Return the options that start from the demo of classification, if that has been run with this backbone."""
-    recipe = _CLASSIFIERS.get(load_config(config).model.backbone.type)
+    recipe = _CLASSIFIERS.get(config.parent.name)
     classifier = recipe and complete_run(_CLASSIFIER_RUNS, _RECIPES / recipe, _CLASSIFIER_RESULTS)
     if classifier is None:
         print("the backbone starts from scratch: the demo of classification has not been run with it", flush=True)

@@ -29,7 +29,7 @@ def run(task, monkeypatch, tmp_path):
     for number in range(2):
         picture.save(out / "scenes" / task.held_out / f"{number}.png")
 
-    def start(value=99.0, completes=True):
+    def start(*options, value=99.0, completes=True):
         commands = []
 
         def pretend(name, *words, environment, quiet=False):
@@ -57,7 +57,7 @@ def run(task, monkeypatch, tmp_path):
         monkeypatch.setattr(shared, "write_scenes", lambda *_: True)
         monkeypatch.setattr("time.strftime", lambda pattern: f"start-{next(starts)}")
         monkeypatch.setattr("signal.signal", lambda *_: None)
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out)])
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), *options])
         monkeypatch.chdir(ROOT)
         if completes:
             task.main(TASKS[task.task.name])
@@ -89,8 +89,12 @@ def test_scores_below_the_floor_are_an_error(run, capsys):
     assert "50.0" in capsys.readouterr().out
 
 
-def test_demo_starts_from_the_classifier(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(shared, "complete_run", lambda *_: tmp_path)
-    assert f"model.backbone.pretrained={tmp_path / 'model_best.pth.tar'}" in run()[0]
+def test_demo_starts_from_the_classifier(run, task, monkeypatch, tmp_path):
+    recipes = []
+    monkeypatch.setattr(shared, "complete_run", lambda runs, recipe, results: recipes.append(recipe.stem) or tmp_path)
+    (vssm,) = (task.task / "configs" / "vmamba").glob("*_digits.py")
+    for config in (task.config, vssm):
+        assert f"model.backbone.pretrained={tmp_path / 'model_best.pth.tar'}" in run("--config", str(config))[0]
+    assert recipes == ["mambavision_digits", "vmamba_digits"]
     monkeypatch.setattr(shared, "complete_run", lambda *_: None)
     assert "--cfg-options" not in run()[0]
