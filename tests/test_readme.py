@@ -57,6 +57,10 @@ def parse_openmmlab(folder, program, words):
     from mambavision.openmmlab.run import options_of_test, options_of_training
 
     name = Path(program).stem
+    if name.startswith("dist_"):
+        name = name.removeprefix("dist_")
+        gpus = words.pop({"train": 1, "test": 2}[name])
+        assert gpus.isdigit()
     options = {"train": options_of_training, "test": options_of_test}.get(name)
     args = options(words) if options else load_program(f"{folder}/{program}").options(words)
     assert (ROOT / folder / program).is_file()
@@ -79,6 +83,8 @@ def test_command(folder, command, monkeypatch, tmp_path):
         assert (ROOT / folder / program).is_file()
     elif "tools/" in program:
         parse_openmmlab(folder, program, words[start + 1 :])
+    elif words[:3] == ["python", "demo.py", "--config"]:
+        assert Path(words[3]).is_file()
     elif words[0] == "make":
         command = ["make", "--dry-run", "VENV=" + str(tmp_path), *words[1:]]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
