@@ -159,7 +159,7 @@ def test_postfixes_in_any_order():
         ({"ssm_init": "v3"}, "ssm_init must be one of v0, v1, v2, got 'v3'"),
         ({"downsample_version": "none"}, "downsample_version must be one of"),
         ({"norm_layer": "gn"}, "norm_layer must be one of ln, ln2d, bn"),
-        ({"ssm_act_layer": "tanh"}, "MM_VSSM: activation must be one of"),
+        ({"ssm_act_layer": "tanh"}, "MM_VSSM: ssm_act_layer must be one of"),
         ({"dims": [16, 32]}, "dims has 2 widths for the 4 stages"),
         ({"ssm_dstate": 1}, r"MM_VSSM has no argument 'ssm_dstate'\. Did you mean 'ssm_d_state'\?"),
         ({"window_size": 7}, "MM_VSSM has no argument 'window_size'"),
