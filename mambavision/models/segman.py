@@ -371,6 +371,7 @@ _BASE = {
 }
 _LARGE = {**_BASE, "embed_dims": (96, 192, 432, 640), "depths": (4, 4, 28, 4), "num_heads": (4, 8, 12, 20)}
 _LARGE2 = {**_BASE, "embed_dims": (96, 192, 448, 640), "depths": (4, 4, 26, 4), "num_heads": (4, 8, 14, 20)}
+VARIANTS = {"t": _TINY, "s": _SMALL, "b": _BASE, "l": _LARGE, "l2": _LARGE2}
 
 
 @register_model

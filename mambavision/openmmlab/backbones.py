@@ -14,7 +14,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mambavision.checkpoint import load_weights
+from mambavision.checkpoint import EMA_KEYS, load_weights
 from mambavision.errors import CheckpointError, UserError, nearest
 from mambavision.factory import create_model
 from mambavision.models import MambaVision
@@ -46,7 +46,8 @@ class FeatureMaps:
 
     Args:
         out_indices: Stages whose features are returned.
-        norm_layer: Normalisation ``outnorm{i}`` of the features of stage i: "ln2d" or "ln" over the channels, "bn".
+        norm_layer: Normalisation ``outnorm{i}`` of the features of stage i: "ln2d" or "ln" over the channels, "bn", or
+            None for none.
         pretrained: Weights for `init_weights`, which training calls: a file or URL of a classifier or backbone, or the
             name of a registered model, whose released weights are taken; classifier and final norm are left out.
         frozen_stages: Stages that are not trained, the stem included; 0 for the stem alone, -1 for none.
@@ -54,6 +55,8 @@ class FeatureMaps:
         with_cp: Recompute activations in the backward pass instead of keeping them.
         init_cfg: OpenMMLab's way to say `pretrained`: ``dict(type="Pretrained", checkpoint=...)``.
     """
+
+    prefers_ema = False  # of the weights in a pretrained file, the averaged ones where there are any
 
     @property
     def trunk(self) -> nn.Module:
@@ -63,7 +66,7 @@ class FeatureMaps:
     def _set_up(
         self,
         out_indices: Sequence[int],
-        norm_layer: OutNorm,
+        norm_layer: OutNorm | None,
         pretrained: str | None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -79,9 +82,9 @@ class FeatureMaps:
         if not -1 <= frozen_stages <= len(stages):
             raise BackboneArgumentError(f"frozen_stages must be from -1 to {len(stages)}, got {frozen_stages}")
         layer_norm = partial(LayerNorm2d, eps=1e-5)
-        norms = {"ln2d": layer_norm, "ln": layer_norm, "bn": nn.BatchNorm2d}
+        norms = {"ln2d": layer_norm, "ln": layer_norm, "bn": nn.BatchNorm2d, None: nn.Identity}
         if norm_layer not in norms:
-            raise BackboneArgumentError(f"norm_layer must be one of {', '.join(norms)}, got {norm_layer!r}")
+            raise BackboneArgumentError(f"norm_layer must be one of {', '.join(map(str, norms))}, got {norm_layer!r}")
         self.out_indices = tuple(out_indices)
         self.norm_eval = norm_eval
         self.pretrained = _pretrained(pretrained, init_cfg)
@@ -125,19 +128,24 @@ class FeatureMaps:
 
     def init_weights(self) -> None:
         """Load the pretrained weights; mmengine calls this before training."""
-        if not self.pretrained:
-            if self.pretrained == "":  # as in VMamba's configs, to be filled in on the command line
-                _logger.warning("pretrained is empty: the backbone starts from random weights")
+        if not self.pretrained:  # empty in VMamba's configs, to be filled in on the command line
+            _logger.warning(
+                "the backbone has no pretrained weights: unless a checkpoint is loaded, it starts untrained; for those of "
+                "a classifier, use --cfg-options model.backbone.pretrained=FILE"
+            )
             return
         if timm.is_model(self.pretrained):
             checkpoint = create_model(self.pretrained, pretrained=True).state_dict()
         else:
             checkpoint = CheckpointLoader.load_checkpoint(self.pretrained, map_location="cpu")
-        report = load_weights(self.trunk, checkpoint, self.pretrained, strict=False)
+        ema = self.prefers_ema and any(key in checkpoint for key in EMA_KEYS)
+        report = load_weights(self.trunk, checkpoint, self.pretrained, strict=False, ema=ema)
         missing = [key for key in report.missing if not key.startswith("outnorm")]
         unexpected = [key for key in report.unexpected if not key.startswith(_LEFT_OUT)]
         if missing or unexpected or report.reshaped:
             raise CheckpointError(f"{self.pretrained}: is of another model than the backbone: {report}.")
+        kind = "averaged (EMA) " if ema else ""
+        _logger.info("the backbone starts from the %sweights of %s: %s", kind, self.pretrained, report)
 
 
 def _pretrained(pretrained: str | None, init_cfg: dict[str, Any] | None) -> str | None:
@@ -246,7 +254,7 @@ class RegisteredBackbone(FeatureMaps, nn.Module):
         name: str,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: str | bool | None = None,
-        norm_layer: OutNorm = "ln2d",
+        norm_layer: OutNorm | None = "ln2d",
         **others: Any,
     ) -> None:
         super().__init__()
