@@ -8,6 +8,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
+SEGMENTATION_CONFIG ?= configs/mamba_vision/upernet_mamba_vision_digits.py
 
 .PHONY: help env demo demo-detection demo-segmentation test bench lint format clean
 
@@ -22,8 +23,8 @@ demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU
 demo-detection: $(READY)  ## Train, score and predict digits on photographs with Mask R-CNN, on the CPU
 	$(BIN)/python object_detection/demo.py
 
-demo-segmentation: $(READY)  ## Train, score and predict digits on photographs with UPerNet, on the CPU
-	$(BIN)/python semantic_segmentation/demo.py
+demo-segmentation: $(READY)  ## Train, score and predict the pixels of digits on photographs, on the CPU
+	$(BIN)/python semantic_segmentation/demo.py --config $(SEGMENTATION_CONFIG)
 
 test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 	$(BIN)/python -m pytest $(TESTS)

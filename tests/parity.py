@@ -57,14 +57,14 @@ def fill_(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def fill_conditioned_(module: torch.nn.Module) -> torch.nn.Module:
-    """`fill_`, with the weights of SegMAN small that would otherwise drown all others."""
+def condition_(module: torch.nn.Module) -> torch.nn.Module:
+    """Scale what `fill_` wrote into a SegMAN so that activations stay small and every part tells in the result."""
     with torch.no_grad():
-        for key, parameter in fill_(module).named_parameters():
+        for key, parameter in module.named_parameters():
             if key.endswith(("cpe1.weight", "cpe2.weight")):
-                parameter.mul_(0.1)
+                parameter *= 0.1
             elif key.endswith("x_proj_weight"):
-                parameter.mul_(parameter.shape[1] ** -0.5)
+                parameter *= parameter.shape[1] ** -0.5
     return module
 
 

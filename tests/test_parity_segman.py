@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import mambavision
 from mambavision.models.segman import LayerScale, RotaryEmbedding, TokenMixer, rotate
-from parity import fill_conditioned_, image, loss_and_gradient_norms, recorded
+from parity import condition_, fill_, image, loss_and_gradient_norms, recorded
 
 
 @pytest.mark.parametrize("variant", ["t", "s"])
@@ -15,7 +15,7 @@ from parity import fill_conditioned_, image, loss_and_gradient_norms, recorded
 def test_features(variant):
     """At a size other than that of pre-training, so that the global bias is resized."""
     _, arrays = recorded(f"segman/encoder_{variant}")
-    model = fill_conditioned_(mambavision.create_model(f"segman_encoder_{variant}")).eval()
+    model = condition_(fill_(mambavision.create_model(f"segman_encoder_{variant}"))).eval()
     features = model.forward_intermediates(image(1, 256, 320, seed=5), intermediates_only=True)
     for index, feature in enumerate(features):
         expected = {
@@ -43,7 +43,7 @@ def test_frequencies_of_positions(variant):
 def test_gradients(dtype, tolerance):
     manifest, _ = recorded("segman/encoder_t_grad")
     suffix = "_f64" if dtype == torch.float64 else ""
-    model = fill_conditioned_(mambavision.create_model("segman_encoder_t")).to(dtype).train()
+    model = condition_(fill_(mambavision.create_model("segman_encoder_t"))).to(dtype).train()
     loss, norms = loss_and_gradient_norms(model, image(2, 224, 224, seed=4).to(dtype))
     assert loss == pytest.approx(manifest["loss" + suffix], rel=1e-6 if dtype == torch.float32 else 1e-10)
     expected = manifest["grad_l2" + suffix]

@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambavision.models.build import build
-from mambavision.models.layers import BatchNormLast, DepthwiseConv, PointwiseConv
+from mambavision.models.layers import DepthwiseConv, PointwiseConv
 from mambavision.models.ss2d import VSSM
 from mambavision.models.staged import AFTER_BLOCKS, Stage, StagedModel
 from vision_kernels import neighborhood_attention
@@ -86,7 +86,7 @@ class TokenMixer(nn.Module):
             tokens = (_REFERENCE_SIZE // 32) ** 2
             biases.append(torch.zeros(heads, tokens, tokens))
         else:
-            self.dwconv = nn.Sequential(DepthwiseConv(dim, 3), BatchNormLast(dim))
+            self.dwconv = nn.Sequential(DepthwiseConv(dim, 3), nn.BatchNorm2d(dim))
             self.ssm = VSSM(dim)
             self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.rpb = nn.ParameterList(nn.Parameter(bias) for bias in biases)
@@ -104,7 +104,10 @@ class TokenMixer(nn.Module):
             y = _merge_heads(self._attend_globally(query, key, attended))
         else:
             y = _merge_heads(attended)
-            y = y + self.norm(self.ssm(F.silu(self.dwconv(y))))
+            conv, batch_norm = self.dwconv
+            # A plain batch norm, between permutations, because programs replace those by synchronised ones.
+            entering = batch_norm(conv(y).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = y + self.norm(self.ssm(F.silu(entering)))
         return self.proj(y + local_bias)
 
     def _attend_locally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

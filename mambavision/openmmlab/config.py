@@ -93,6 +93,8 @@ def fit_to_machine(config: Config, process: Process, device: torch.device) -> li
                 if setting.get("type") == "SyncBN":
                     setting.type = "BN"
                     replaced.append("no GPU: batch norms are not synchronised")
+            if config.pop("sync_bn", None):
+                replaced.append("no GPU: batch norms are not synchronised")
         if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             config.optim_wrapper.type = "OptimWrapper"
             for key in ("dtype", "loss_scale", "use_fp64"):

@@ -17,6 +17,7 @@ from mambavision.openmmlab.config import load_config
 
 TOOLS = ROOT / "semantic_segmentation" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_segmenter.py"
+SEGMAN = ROOT / "tests" / "openmmlab" / "small_segman.py"
 SLIDE = ("model.test_cfg.mode=slide", "model.test_cfg.crop_size=(48,48)", "model.test_cfg.stride=(32,32)")
 
 
@@ -34,10 +35,10 @@ def forget_visualizer():
     SegLocalVisualizer._instance_dict.clear()
 
 
-def train_in(work_dir, monkeypatch, *words):
+def train_in(work_dir, monkeypatch, *words, config=CONFIG):
     forget_visualizer()
     tool = load_tool("train", monkeypatch)
-    args = run.options_of_training([str(CONFIG), "--work-dir", str(work_dir), *map(str, words)])
+    args = run.options_of_training([str(config), "--work-dir", str(work_dir), *map(str, words)])
     run.train(args, tool.prepare)
     return work_dir
 
@@ -67,17 +68,17 @@ def trained(ade_scenes, tmp_path_factory):
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
-    return lambda *words, work_dir=tmp_path / "run": train_in(work_dir, monkeypatch, *words)
+    return lambda *words, work_dir=tmp_path / "run", config=CONFIG: train_in(work_dir, monkeypatch, *words, config=config)
 
 
 @pytest.fixture
 def score(monkeypatch, tmp_path):
     tool = load_tool("test", monkeypatch)
 
-    def start(checkpoint, *words):
+    def start(checkpoint, *words, config=CONFIG):
         forget_visualizer()
         work_dir = tmp_path / "scores"
-        args = run.options_of_test([str(CONFIG), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
+        args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
         run.test(args, tool.check, tool.adapt)
         (metrics,) = work_dir.glob("*/*.json")
         content = json.loads(metrics.read_text())
@@ -125,15 +126,16 @@ def test_training_writes_checkpoints_and_metrics(trained):
     assert "mIoU" in log.read_text()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_training_goes_on_as_if_uninterrupted(trained, train, tmp_path, workers):
+@pytest.mark.parametrize(("config", "workers"), [(CONFIG, 0), (CONFIG, 2), (SEGMAN, 0)])
+def test_resumed_training_goes_on_as_if_uninterrupted(trained, train, tmp_path, config, workers):
     """With random crops, dropout and stochastic depth."""
     options = ["--cfg-options", f"train_dataloader.num_workers={workers}"]
-    whole = train(*options, work_dir=tmp_path / "whole") if workers else trained
+    is_trained = (config, workers) == (CONFIG, 0)
+    whole = trained if is_trained else train(*options, work_dir=tmp_path / "whole", config=config)
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copy(whole / "iter_2.pth", resumed)
-    train("--resume", *options, "randomness.seed=8", work_dir=resumed)
+    train("--resume", *options, "randomness.seed=8", work_dir=resumed, config=config)
     assert losses(resumed) == losses(whole)[2:]
     ours, theirs = (read_checkpoint(folder / "iter_4.pth") for folder in (resumed, whole))
     assert identical(ours["state_dict"], theirs["state_dict"])
@@ -163,9 +165,13 @@ def test_loop_says_what_it_needs(train):
             train("--cfg-options", f"train_dataloader.{setting}", "train_dataloader.num_workers=1")
 
 
-def test_single_images_become_pairs_in_one_process(train):
-    work_dir = train("--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_iters=1")
+@pytest.mark.parametrize("config", [CONFIG, SEGMAN])
+def test_single_images_become_pairs_in_one_process(train, score, config):
+    work_dir = train("--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_iters=1", config=config)
     assert len(losses(work_dir)) == 1
+    (log,) = work_dir.glob("*/*.log")
+    assert "batches of 2 images in all, and the learning rate is meant for 16: set train_data" in log.read_text()
+    assert 0 <= score(work_dir / "iter_1.pth", config=config)["mIoU"] <= 100
 
 
 def test_scores(score, trained, tmp_path):

@@ -1,0 +1,12 @@
+_base_ = "mmseg::_base_/datasets/cityscapes_1024x1024.py"
+
+data_root = "{{$CITYSCAPES_ROOT:data/cityscapes}}"
+
+train_dataloader = dict(
+    num_workers=4,
+    persistent_workers=False,  # for exact continuation, as in ade20k.py
+    worker_init_fn=dict(type="seed_workers_by_epoch"),
+    dataset=dict(data_root=data_root),
+)
+val_dataloader = dict(dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader

@@ -1,0 +1,7 @@
+_base_ = "../_base_/segman_cityscapes.py"
+
+model = dict(
+    backbone=dict(type="SegMANEncoder_l", drop_path_rate=0.3),  # not published for this size
+    decode_head=dict(**_base_.segman.l),
+    test_cfg=dict(_delete_=True, mode="whole"),
+)

@@ -1,0 +1,6 @@
+_base_ = "../_base_/segman_cityscapes.py"
+
+model = dict(
+    backbone=dict(type="SegMANEncoder_t", drop_path_rate=0.0),
+    decode_head=dict(**_base_.segman.t),
+)
