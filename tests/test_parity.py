@@ -8,7 +8,6 @@ import mambavision
 from parity import LOGITS_TOLERANCE, condition_, fill_, image, recorded
 
 
-
 def _fill_conditioned(model):
     return condition_(fill_(model))
 

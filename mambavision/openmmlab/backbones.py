@@ -130,8 +130,8 @@ class FeatureMaps:
         """Load the pretrained weights; mmengine calls this before training."""
         if not self.pretrained:  # empty in VMamba's configs, to be filled in on the command line
             _logger.warning(
-                "the backbone has no pretrained weights: unless a checkpoint is loaded, it starts untrained; for those of "
-                "a classifier, use --cfg-options model.backbone.pretrained=FILE"
+                "the backbone has no pretrained weights: unless a checkpoint is loaded, it starts untrained; for those "
+                "of a classifier, use --cfg-options model.backbone.pretrained=FILE"
             )
             return
         if timm.is_model(self.pretrained):

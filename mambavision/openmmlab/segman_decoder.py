@@ -66,7 +66,9 @@ class SegMANDecoder(BaseDecodeHead):
         if ignored:
             _logger.info("SegMANDecoder: these arguments have no effect: %s", ", ".join(ignored))
         others = {name: value for name, value in others.items() if name not in ignored}
-        super().__init__(in_channels, channels, **{"input_transform": "multiple_select", "in_index": in_index, **others})
+        super().__init__(
+            in_channels, channels, **{"input_transform": "multiple_select", "in_index": in_index, **others}
+        )
         if self.input_transform != "multiple_select" or len(self.in_channels) != 4:
             raise UserError(
                 f"SegMANDecoder: needs four maps, in_channels={in_channels} and in_index={in_index} with "

@@ -11,7 +11,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="config of the model")
-    add("--shape", type=int, nargs="+", default=[512], metavar="SIDE", help="height and width of the image, or one side")
+    add(
+        "--shape", type=int, nargs="+", default=[512], metavar="SIDE", help="height and width of the image, or one side"
+    )
     add("--json", action="store_true", help="one line of JSON")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override")
     args = parser.parse_args(argv)

@@ -14,19 +14,22 @@ from mambavision.openmmlab.run import options_of_training, train
 _logger = logging.getLogger("mambavision.train")
 
 
+_POOLING = ("UPerHead", "PSPHead", "SegMANDecoder")  # heads that normalise single pixels
+
+
 def prepare(config: Config) -> None:
-    """Check the data, fit to one process what is meant for many, and say so if the batch is not what the rate is for."""
+    """Check the data, and fit to one process what is meant for many."""
     from labels import name_wrong_labels
 
     check_datasets(config)
     name_wrong_labels(config)
-    pools = any(setting.get("type") in ("UPerHead", "PSPHead", "SegMANDecoder") for setting in settings_in(config.model))
-    is_synchronised = this_process().is_distributed and torch.cuda.is_available()
-    if pools and config.train_dataloader.batch_size == 1 and not is_synchronised:
-        config.train_dataloader.batch_size = 2
+    process, loader = this_process(), config.train_dataloader
+    pools = any(setting.get("type") in _POOLING for setting in settings_in(config.model))
+    is_synchronised = process.is_distributed and torch.cuda.is_available()
+    if pools and loader.batch_size == 1 and not is_synchronised:
+        loader.batch_size = 2
         _logger.warning("one process or no GPU: batches of 2 images instead of 1, for the batch norms of pooled maps")
-    scaling = config.get("auto_scale_lr", {})
-    total = config.train_dataloader.batch_size * this_process().world_size
+    total, scaling = loader.batch_size * process.world_size, config.get("auto_scale_lr", {})
     if scaling.get("base_batch_size", total) != total and not scaling.get("enable"):
         _logger.warning(
             "batches of %d images in all, and the learning rate is meant for %d: set train_dataloader.batch_size, or "

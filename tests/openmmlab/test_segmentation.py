@@ -68,7 +68,9 @@ def trained(ade_scenes, tmp_path_factory):
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
-    return lambda *words, work_dir=tmp_path / "run", config=CONFIG: train_in(work_dir, monkeypatch, *words, config=config)
+    return lambda *words, work_dir=tmp_path / "run", config=CONFIG: train_in(
+        work_dir, monkeypatch, *words, config=config
+    )
 
 
 @pytest.fixture
