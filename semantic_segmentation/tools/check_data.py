@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmseg.datasets import BaseSegDataset
 
 SPLITS = ("train", "val", "test")
-# What the data roots hold, and where that comes from.
+# What the data roots hold, and where that comes from. CONVERTERS is a folder of the installed MMSegmentation.
 LAYOUTS = {
     "ADE20KDataset": (
         "images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, as in "
@@ -25,13 +25,14 @@ LAYOUTS = {
     "CityscapesDataset": (
         "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelTrainIds.png, as in "
         "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of https://www.cityscapes-dataset.com, with the "
-        "masks that csCreateTrainIdLabelImgs of cityscapesscripts makes",
+        "masks made by: pip install cityscapesscripts; python CONVERTERS/cityscapes.py ROOT --nproc 8",
         "CITYSCAPES_ROOT",
     ),
     "COCOStuffDataset": (
         "images/{train2017,val2017}/*.jpg of https://cocodataset.org and "
-        "annotations/{train2017,val2017}/*_labelTrainIds.png, which MMSegmentation's tools/dataset_converters/"
-        "coco_stuff164k.py makes of stuffthingmaps_trainval2017.zip of https://github.com/nightrome/cocostuff",
+        "annotations/{train2017,val2017}/*_labelTrainIds.png, made of annotations/{train2017,val2017}/*.png, as in "
+        "stuffthingmaps_trainval2017.zip of https://github.com/nightrome/cocostuff, by: "
+        "python CONVERTERS/coco_stuff164k.py ROOT --nproc 8",
         "COCO_STUFF_ROOT",
     ),
 }
@@ -128,12 +129,22 @@ def _findings(setting: "ConfigDict", config: "Config", full: bool) -> Findings:
 
 def _missing_folder(setting: "ConfigDict") -> str:
     root = Path(setting.get("data_root") or "")
-    layout, variable = LAYOUTS.get(setting.get("type"), ("", ""))
-    remedy = f"; the data root must hold {layout}; the variable {variable} names another root" if layout else ""
     for folder in (root, *(root / prefix for prefix in setting.data_prefix.values() if prefix)):
         if not folder.is_dir():
-            return f"{folder}: no such folder{remedy}"
+            return f"{folder}: no such folder{_remedy(setting)}"
     return ""
+
+
+def _remedy(setting: "ConfigDict") -> str:
+    """Say what a known data set's folder must hold."""
+    import mmseg
+
+    if setting.get("type") not in LAYOUTS:
+        return ""
+    layout, variable = LAYOUTS[setting.type]
+    folder = str(Path(mmseg.__path__[0], ".mim", "tools", "dataset_converters"))
+    layout = layout.replace("CONVERTERS", folder).replace("ROOT", str(setting.data_root))
+    return f"; the data root must hold {layout}; the variable {variable} names another root"
 
 
 def build_dataset(setting: "ConfigDict", config: "Config", **others: Any) -> "BaseSegDataset":
@@ -168,7 +179,7 @@ def _problems_of_masks(
     masks = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     missing = [entry["seg_map_path"] for entry in entries if not _is_in(masks, entry["seg_map_path"])]
     if missing:
-        yield f"{_some(missing)}: no such mask"
+        yield f"{_some(missing)}: no such mask{_remedy(setting)}"
     there = [entry for entry in entries if _is_in(masks, entry["seg_map_path"])]
     with ThreadPoolExecutor() as pool:
         wrong = [found for found in pool.map(_problem_of_header, _sample(there, _SIZES, full)) if found]

@@ -12,8 +12,6 @@ from mambavision.openmmlab.config import settings_in
 from mambavision.openmmlab.run import options_of_training, train
 
 _logger = logging.getLogger("mambavision.train")
-
-
 _POOLING = ("UPerHead", "PSPHead", "SegMANDecoder")  # heads that normalise single pixels
 
 

@@ -1,8 +1,10 @@
 """Training, resuming, scoring and predicting with a small segmentation model, and everything that can be wrong."""
 
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,8 +388,11 @@ def test_layouts_of_other_data_sets(name, tmp_path, monkeypatch):
     config = ROOT / "semantic_segmentation" / "configs" / "mamba_vision" / f"mamba_vision_160k_{name}_tiny.py"
     tool.check(tool.options([str(config)]))
     shutil.rmtree((tmp_path / files[1].format(splits[0])).parent)
-    with pytest.raises(DataError, match=r"no such (mask|folder)"):
+    with pytest.raises(DataError, match=r"no such (mask|folder)") as raised:
         tool.check(tool.options([str(config)]))
+    for converter in re.findall(r"python (\S+)", str(raised.value)):
+        assert Path(converter).is_file()
+    assert ("dataset_converters" in str(raised.value)) == (name != "own-data-512x512")
 
 
 def test_masks_without_any_class(monkeypatch):
