@@ -195,7 +195,7 @@ def test_config_of_the_original_is_understood_as_it_does(caplog):
     assert all(name in caplog.text for name in inherited)
     assert "patch_norm" not in caplog.text
     assert "drop_path_rate" not in caplog.text
-    assert "pretrained is empty" in caplog.text
+    assert "no pretrained weights" in caplog.text
     assert isinstance(backbone.patch_embed[2], nn.Identity)
     assert backbone.layers[3].blocks[-1].drop_path.drop_prob == pytest.approx(0.7)
     assert not backbone.layers[0].grad_checkpointing
