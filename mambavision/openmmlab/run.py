@@ -26,7 +26,9 @@ def _options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/NAME_OF_CONFIG)")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings to override"
+    )
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm"],
@@ -39,6 +41,14 @@ def _options(description: str) -> argparse.ArgumentParser:
 def options_of_training(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _options("Train a model of OpenMMLab, on one CPU or many GPUs.")
     parser.add_argument("--amp", action="store_true", help="mixed precision, on a GPU")
+    parser.add_argument(
+        "--drop-path",
+        dest="cfg_options",
+        action="append",
+        type="model.backbone.drop_path_rate={}".format,
+        metavar="RATE",
+        help="stochastic depth: short for --cfg-options model.backbone.drop_path_rate=RATE",
+    )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     parser.add_argument(
         "--resume",

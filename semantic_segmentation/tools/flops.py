@@ -1,7 +1,6 @@
 """Count the parameters and operations of a segmentation model, by shapes alone; see --help."""
 
 import argparse
-import json
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -14,7 +13,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--shape", type=int, nargs="+", default=[512], metavar="SIDE", help="height and width of the image, or one side"
     )
-    add("--json", action="store_true", help="one line of JSON")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override")
     args = parser.parse_args(argv)
     if len(args.shape) > 2:
@@ -45,9 +43,6 @@ def count(args: argparse.Namespace) -> None:
         "GMACs of scans and neighbourhood attention": round(found.gmacs_scan, 3),
         "GMACs": round(found.gmacs + found.gmacs_attention + found.gmacs_scan, 3),
     }
-    if args.json:
-        print(json.dumps({"config": args.config, "height": height, "width": width, **counts}))
-        return
     print(f"{args.config}, {height} x {width}")
     for name, number in counts.items():
         print(f"{name:<45}{number:>16,}")

@@ -5,3 +5,4 @@ model = dict(
     backbone=dict(type="RegisteredBackbone", name="mamba_vision_T", pretrained=True, drop_path_rate=0.2),
     decode_head=dict(in_channels=[80, 160, 320, 640], channels=128, feat_proj_dim=192),
 )
+find_unused_parameters = True  # the norm of the first map, which the decoder does not use
