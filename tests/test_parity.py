@@ -13,13 +13,13 @@ def _fill_conditioned(model):
 
 
 # VMamba's have a standard deviation of 0.7, and differ by 1.4e-6 between two orders of adding up a scan. SegMAN's reach
-# 1.1, and with weights as they come most of the model would hardly show in them.
+# 14, and with weights as they come most of the model would hardly show in them.
 RECORDED = {
     "mamba_vision_T": ("mambavision/T", fill_, LOGITS_TOLERANCE),
     "mamba_vision_B": ("mambavision/B", fill_, LOGITS_TOLERANCE),
     "mamba_vision_L3_256_21k": ("mambavision/L3_256_21k", fill_, LOGITS_TOLERANCE),
-    "segman_encoder_t": ("segman/encoder_t", _fill_conditioned, 1e-5),
-    "segman_encoder_s": ("segman/encoder_s", _fill_conditioned, 1e-5),
+    "segman_encoder_t": ("segman/encoder_t", _fill_conditioned, LOGITS_TOLERANCE),
+    "segman_encoder_s": ("segman/encoder_s", _fill_conditioned, LOGITS_TOLERANCE),
     "vmamba_tiny_s1l8": ("vmamba/tiny_s1l8", fill_, 7e-6),
 }
 

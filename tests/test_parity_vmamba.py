@@ -167,7 +167,7 @@ def test_learned_positions_are_resized_for_other_images():
         ({"stem": "v2"}, "stem must be one of"),
         ({"downsample": "v3"}, "downsample must be one of"),
         ({"dims": (8, 16), "depths": (1, 1, 1)}, "dims has 2 widths for the 3 stages of depths"),
-        ({"mlp_act_layer": "swish"}, "activation must be one of"),
+        ({"mlp_act_layer": "swish"}, "mlp_act_layer must be one of"),
     ],
     ids=str,
 )

@@ -181,7 +181,8 @@ def test_many_models_can_be_named(tmp_path):
     names.write_text("mamba_vision_T\nmamba_vision_S\n")
     for given, expected in {
         "mamba_vision_L2*": ["mamba_vision_L2", "mamba_vision_L2_512_21k"],
-        "all": mambavision.list_models(),
+        # those whose weights can be downloaded
+        "all": [name for name in mambavision.list_models() if not name.startswith("segman")],
         str(names): ["mamba_vision_T", "mamba_vision_S"],
     }.items():
         assert list(jobs(validate_options(["--model", given]))) == [(name, "") for name in expected]

@@ -53,13 +53,6 @@ def _without_statistics(module: nn.Module) -> Iterator[None]:
 # Modules of maps with the channels last, (batch, height, width, channels) -> the same with other channels.
 
 
-class BatchNormLast(nn.BatchNorm2d):
-    """Batch norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class DepthwiseConv(nn.Conv2d):
     """Convolution of each channel by itself, which keeps height and width."""
 

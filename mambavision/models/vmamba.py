@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambavision.models.build import build
-from mambavision.models.layers import Activation, BatchNormLast, activation, check_choice
+from mambavision.models.layers import Activation, activation, check_choice
 from mambavision.models.ss2d import NORM_EPS, SS2D, OutNorm, Routes, ScanInit
 from mambavision.models.staged import Stage, StagedModel, init_linear
 
@@ -30,8 +30,16 @@ Downsample = Literal["conv3x3", "conv2x2", "merge"]
 _layer_norm_2d = partial(LayerNorm2d, eps=NORM_EPS)
 
 
-# By name: for maps with the channels last, and for maps with the channels first.
-_NORMS = {"layer": (partial(nn.LayerNorm, eps=NORM_EPS), _layer_norm_2d), "batch": (BatchNormLast, nn.BatchNorm2d)}
+# By name: of blocks and merging, and between them.
+_NORMS = {"layer": (partial(nn.LayerNorm, eps=NORM_EPS), _layer_norm_2d), "batch": (nn.BatchNorm2d, nn.BatchNorm2d)}
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm to (batch, height, width, channels).
+
+    Batch norms are torch's own, with the channels first: programs replace them by ones that are synchronised.
+    """
+    return norm(x) if isinstance(norm, nn.LayerNorm) else norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PatchMerging(nn.Module):
@@ -46,7 +54,7 @@ class PatchMerging(nn.Module):
         x = x.permute(0, 2, 3, 1)
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, dim=-1))).permute(0, 3, 1, 2)
+        return self.reduction(_normalised(self.norm, torch.cat(corners, dim=-1))).permute(0, 3, 1, 2)
 
 
 class VSSBlock(nn.Module):
@@ -65,9 +73,9 @@ class VSSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, height, width, dim) -> same shape."""
         if self.op is not None:
-            x = x + self.drop_path(self.op(self.norm(x)))
+            x = x + self.drop_path(self.op(_normalised(self.norm, x)))
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.mlp(_normalised(self.norm2, x)))
         return x
 
 

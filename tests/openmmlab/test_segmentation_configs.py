@@ -180,7 +180,7 @@ def test_other_configs(name):
 
 
 def test_every_config_is_tested():
-    configs = [path for path in CONFIGS.glob("*/*.py") if path.parent.name != "_base_"]
+    configs = [path for path in CONFIGS.glob("*/*.py") if path.parent.name not in ("_base_", "segman")]
     assert {f"{path.parent.name}/{path.stem}" for path in configs} == {*PUBLISHED, *OTHERS}
 
 
