@@ -130,7 +130,7 @@ def test_training_writes_checkpoints_and_metrics(trained):
     assert "mIoU" in log.read_text()
 
 
-@pytest.mark.parametrize(("config", "workers"), [(CONFIG, 0), (CONFIG, 2), (SEGMAN, 0)])
+@pytest.mark.parametrize(("config", "workers"), [(CONFIG, 2), (SEGMAN, 0)])
 def test_resumed_training_goes_on_as_if_uninterrupted(trained, train, tmp_path, config, workers):
     """With random crops, dropout and stochastic depth."""
     options = ["--cfg-options", f"train_dataloader.num_workers={workers}"]
