@@ -32,7 +32,8 @@ def test_entries_are_those_of_released_files(name):
     entries = [
         [key, list(each.shape), str(each.dtype).removeprefix("torch.")] for key, each in model.state_dict().items()
     ]
-    assert sorted(entries) == sorted(manifest["entries"])
+    order = sorted if name.startswith("segman") else list  # whose scan is shared with VMamba, and its order
+    assert order(entries) == order(manifest["entries"])
     assert sorted(name for name, _ in model.named_buffers()) == sorted(manifest["buffers"])
     assert sum(parameter.numel() for parameter in model.parameters()) == manifest["num_parameters"]
 

@@ -319,10 +319,10 @@ def _downsample(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_dim))
 
 
-def _cfg(filename: str, crop_pct: float) -> dict[str, Any]:
+def _cfg(release: str, crop_pct: float) -> dict[str, Any]:
     return {
         # The authors share the file without an address from which a program could fetch it.
-        "notes": (f"released as {filename}",),
+        "notes": (release,),
         "origin_url": "https://github.com/yunxiangfu2001/SegMAN",
         "license": "of the authors: see https://github.com/yunxiangfu2001/SegMAN",
         "paper_name": "SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention",
@@ -342,11 +342,11 @@ def _cfg(filename: str, crop_pct: float) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "segman_encoder_t.in1k": _cfg("SegMAN_Encoder_t.pth.tar", 0.9),
-        "segman_encoder_s.in1k": _cfg("SegMAN_Encoder_s.pth.tar", 0.9),
-        "segman_encoder_b.in1k": _cfg("SegMAN_Encoder_b.pth.tar", 0.95),
-        "segman_encoder_l.in1k": _cfg("SegMAN_Encoder_l.pth.tar", 0.95),
-        "segman_encoder_l2.in1k": _cfg("SegMAN_Encoder_l2.pth.tar", 0.95),
+        "segman_encoder_t.in1k": _cfg("released as SegMAN_Encoder_t.pth.tar", 0.9),
+        "segman_encoder_s.in1k": _cfg("released as SegMAN_Encoder_s.pth.tar", 0.9),
+        "segman_encoder_b.in1k": _cfg("released as SegMAN_Encoder_b.pth.tar", 0.95),
+        "segman_encoder_l.in1k": _cfg("released as SegMAN_Encoder_l.pth.tar", 0.95),
+        "segman_encoder_l2.in1k": _cfg("none of this encoder are known", 0.95),
     }
 )
 
