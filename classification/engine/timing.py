@@ -156,7 +156,7 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> float | Non
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
         before = _resident_mib("VmRSS")
         run()
-        return _resident_mib("VmHWM") - before
+        return max(0.0, _resident_mib("VmHWM") - before)  # the kernel counts pages late: a small run may seem to free
     except OSError:
         return None
 
