@@ -240,6 +240,16 @@ def test_compiles_into_one_graph(traced_model):
     compiled(x).sum().backward()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("options", [{"backend": "cudagraphs"}, {"mode": "reduce-overhead"}], ids=str)
+@torch.inference_mode()
+def test_runs_as_a_cuda_graph(traced_model, options):
+    model = traced_model.cuda()
+    compiled = torch.compile(model, fullgraph=True, **options)
+    for x in (images(device="cuda") for _ in range(4)):  # the first ones warm up and record
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+
+
 @torch.inference_mode()
 def test_exports_with_dynamic_batch(traced_model):
     batch = torch.export.Dim("batch", min=1, max=16)

@@ -13,7 +13,8 @@ import mambavision
 from conftest import ROOT, SMALL
 from engine import contact_sheet
 from engine.classify import find_images, predict
-from engine.options import predict_options, throughput_options, validate_options
+from engine.execution import compile_options
+from engine.options import predict_options, throughput_options, train_options, validate_options
 from engine.saved import open_classifier
 from engine.scoring import jobs, validate
 from engine.timing import compare
@@ -332,6 +333,15 @@ def test_predictions_can_be_compiled(digits, checkpoint, tmp_path, monkeypatch):
     )
     classify(digits / "val", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--torchcompile", "eager")
     assert compiled == [{"backend": "eager"}]
+
+
+def test_modes_are_of_inductor():
+    reduced = ["--torchcompile-mode", "reduce-overhead"]
+    expected = {"backend": "inductor", "mode": "reduce-overhead"}
+    assert compile_options(validate_options(reduced)) == compile_options(train_options(reduced)) == expected
+    assert compile_options(validate_options(["--torchcompile"])) == {"backend": "inductor"}
+    with pytest.raises(UserError, match="--torchcompile-mode is inductor's, and --torchcompile names eager"):
+        compile_options(validate_options(["--torchcompile", "eager", *reduced]))
 
 
 def test_inputs_are_files_folders_and_patterns(digits):

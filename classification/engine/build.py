@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine import data, loaders
+from engine.execution import compile_options
 from engine.task import MesaTask
 from mambavision import create_model, load_checkpoint
 from mambavision.errors import UserError, nearest
@@ -281,8 +282,8 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
     }
     options = {"criterion_kwargs": loss, "device": device, "verbose": False}
     task = MesaTask(model, args.mesa, **options) if args.mesa else ClassificationTask(model, **options)
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile)
+    if options := compile_options(args):
+        task.compile(**options)
     if args.model_ema:
         on_cpu = torch.device("cpu") if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, device=on_cpu)

@@ -17,7 +17,8 @@ from timm.utils import natural_key
 from engine import report
 from engine.contact_sheet import Tile, draw_contact_sheets
 from engine.data import decode_image
-from engine.saved import Classifier, mixed_precision, open_classifier
+from engine.execution import compiled, mixed_precision
+from engine.saved import Classifier, open_classifier
 from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError
 from mambavision.launch import pick_device, this_process
@@ -44,7 +45,7 @@ def predict(args: argparse.Namespace) -> None:
     files = find_images(args.inputs)
     classifier = open_classifier(args, args.model, args.checkpoint, device, exif_default=True)
     names = _class_names(args.class_names, classifier)
-    forward = torch.compile(classifier.model, backend=args.torchcompile) if args.torchcompile else classifier.model
+    forward = compiled(args, classifier.model)
 
     predictions: dict[Path, list[Candidate]] = {}
     corrupt: list[str] = []

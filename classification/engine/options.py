@@ -137,7 +137,7 @@ def _add_model_options(parser: Parser) -> None:
     parser.switch(
         "--grad-checkpointing", "--use-checkpoint", help="recompute activations in the backward pass to save memory"
     )
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    _add_compilation_options(parser)
     add("--drop-rate", type=float, help="dropout; default: the model's")
     add("--attn-drop-rate", type=float, help="dropout of attention weights; default: the model's")
     add("--drop-path", type=float, help="stochastic depth; default: the variant's")
@@ -329,7 +329,22 @@ def _add_speed_options(parser: Parser) -> None:
     parser.add_argument(
         "--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU"
     )
-    parser.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    _add_compilation_options(parser)
+
+
+def _add_compilation_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the model; cudagraphs: only record its CUDA kernels and launch them together",
+    )
+    parser.add_argument(
+        "--torchcompile-mode",
+        choices=["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        help="of inductor, which it turns on; the first two record CUDA graphs",
+    )
 
 
 def receptive_field_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -410,7 +425,7 @@ def throughput_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.switch("--channels-last", "--channel-last", help="channels-last memory layout")
     parser.switch("--amp", help="mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the models")
+    _add_compilation_options(parser)
     add("--threads", type=_positive, help="CPU threads")
     add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
     add("--json", metavar="FILE", help="write the figures there as well")

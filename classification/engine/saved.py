@@ -3,10 +3,7 @@
 import argparse
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,15 +95,3 @@ def open_classifier(
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format).eval()
     return Classifier(name, model, config, saved.get("classes"), exif)
-
-
-def mixed_precision(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Return the context in which to run the model."""
-    if not args.amp:
-        return nullcontext
-    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, amp_dtype_name(args, device)))
-
-
-def amp_dtype_name(args: argparse.Namespace, device: torch.device) -> str:
-    """Return the reduced precision of --amp: float16 is slow on CPUs."""
-    return args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16")

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from engine import data, report
 from engine.evaluate import evaluate
+from engine.execution import compiled, mixed_precision
 from engine.loaders import Share, eval_loader
-from engine.saved import Classifier, mixed_precision, open_classifier
+from engine.saved import Classifier, open_classifier
 from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
 from mambavision.factory import expand_model_name
@@ -185,8 +186,7 @@ def _prepared(args: argparse.Namespace, classifier: Classifier) -> tuple[nn.Modu
     model, is_test_pooled = classifier.model, False
     if args.test_pool:
         model, is_test_pooled = apply_test_time_pool(model, classifier.data_config)
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
+    model = compiled(args, model)
     if args.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     return model, is_test_pooled

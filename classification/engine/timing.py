@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from engine.build import create_any, input_size, set_image_size
-from engine.saved import amp_dtype_name, mixed_precision
+from engine.execution import amp_dtype_name, compile_options, compiled, mixed_precision
 from mambavision.checkpoint import check_writable, replacing
 from mambavision.complexity import Complexity, complexity
 from mambavision.launch import pick_device, this_process
@@ -111,7 +111,7 @@ def _contestant(
     model = model.to(device=device, memory_format=memory_format).train(args.train)
     images = torch.randn(batch_size, *size, device=device).to(memory_format=memory_format)
     autocast = mixed_precision(args, device)
-    forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+    forward = compiled(args, model)
     run = _training_run(model, forward, images, autocast) if args.train else _inference_run(forward, images, autocast)
     return _Contestant(name, size, batch_size, counts, run)
 
@@ -193,7 +193,7 @@ def _setting(args: argparse.Namespace, device: torch.device) -> dict[str, str | 
         "python": platform.python_version(),
         "precision": amp_dtype_name(args, device) if args.amp else "float32",
         "channels_last": args.channels_last,
-        "torchcompile": args.torchcompile or "off",
+        "torchcompile": " ".join(compile_options(args).values()) or "off",
         "mode": "training" if args.train else "inference",
         "rounds": args.rounds,
     }
