@@ -27,7 +27,7 @@ demo-segmentation: $(READY)  ## Train, score and predict the pixels of digits on
 	$(BIN)/python semantic_segmentation/demo.py --config $(SEGMENTATION_CONFIG)
 
 test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 bench: $(READY)  ## Measure the kernels and models on this machine's CPU
 	$(BIN)/python kernels/benchmarks/cpu.py
