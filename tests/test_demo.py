@@ -68,7 +68,12 @@ def test_interrupted_demo_goes_on(demo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "model"), [(RECIPE, "mamba_vision_T"), ("configs/vmamba/vmamba_digits.yaml", "vmamba_tiny_s1l8")]
+    ("config", "model"),
+    [
+        (RECIPE, "mamba_vision_T"),
+        ("configs/vmamba/vmamba_digits.yaml", "vmamba_tiny_s1l8"),
+        ("configs/segman/segman_digits.yaml", "segman_encoder_t"),
+    ],
 )
 def test_demo_trains_the_model_of_any_recipe(demo, capsys, config, model):
     words = demo(config)

@@ -14,7 +14,11 @@ from mambavision.openmmlab.scenes import Layout, Options, write_scenes
 _RESULTS = "results.json"
 _EXAMPLES = 12
 # By the folder of a demo's config, the recipe of classification's demo that trains the same backbone.
-_CLASSIFIERS = {"mamba_vision": "mambavision/mambavision_digits.yaml", "vmamba": "vmamba/vmamba_digits.yaml"}
+_CLASSIFIERS = {
+    "mamba_vision": "mambavision/mambavision_digits.yaml",
+    "vmamba": "vmamba/vmamba_digits.yaml",
+    "segman": "segman/segman_digits.yaml",
+}
 _RECIPES = Path("../classification/configs")
 _CLASSIFIER_RUNS = Path("../output/demo/runs")
 _CLASSIFIER_RESULTS = "validation.json"

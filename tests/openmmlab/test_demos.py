@@ -92,9 +92,9 @@ def test_scores_below_the_floor_are_an_error(run, capsys):
 def test_demo_starts_from_the_classifier(run, task, monkeypatch, tmp_path):
     recipes = []
     monkeypatch.setattr(shared, "complete_run", lambda runs, recipe, results: recipes.append(recipe.stem) or tmp_path)
-    (vssm,) = (task.task / "configs" / "vmamba").glob("*_digits.py")
-    for config in (task.config, vssm):
+    configs = sorted((task.task / "configs").glob("*/*_digits.py"))
+    for config in configs:
         assert f"model.backbone.pretrained={tmp_path / 'model_best.pth.tar'}" in run("--config", str(config))[0]
-    assert recipes == ["mambavision_digits", "vmamba_digits"]
+    assert recipes == [config.parent.name.replace("_", "") + "_digits" for config in configs]
     monkeypatch.setattr(shared, "complete_run", lambda *_: None)
     assert "--cfg-options" not in run()[0]

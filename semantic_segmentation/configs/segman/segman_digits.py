@@ -1,7 +1,7 @@
 # The demo with a small SegMAN. Its finest map has stride 8, which is wider than the strokes of the digits: pictures are
-# enlarged to 256x256 pixels. Two cores take eleven minutes, and reached 70.4 % mIoU.
+# enlarged to 256x256 pixels. Iterations and batches are those of MambaVision's demo; from scratch it reached a mIoU of
+# 75.6, in fifteen minutes on two cores.
 _base_ = "../mamba_vision/upernet_mamba_vision_digits.py"
-iterations, batch_size = 1300, 6
 
 dims = (16, 48, 96, 128)
 # MMSegmentation's heads start with weights near zero in front of the classes: from PyTorch's (init_cfg=None), the model
@@ -30,14 +30,6 @@ model = dict(
 )
 
 resize = dict(type="Resize", scale=(256, 256), keep_ratio=True)
-train_dataloader = dict(
-    batch_size=batch_size, dataset=dict(pipeline=[_base_.load, _base_.load_masks, resize, _base_.pack])
-)
+train_dataloader = dict(dataset=dict(pipeline=[_base_.load, _base_.load_masks, resize, _base_.pack]))
 val_dataloader = dict(dataset=dict(pipeline=[_base_.load, resize, _base_.load_masks, _base_.pack]))
 test_dataloader = val_dataloader
-
-train_cfg = dict(max_iters=iterations)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=50),
-    dict(type="CosineAnnealingLR", by_epoch=False, begin=600, T_max=iterations - 600, eta_min=1e-5),
-]
