@@ -42,6 +42,7 @@ class Implementation:
         devices: Device types it runs on; empty means every device.
         why_unavailable: Returns the reason it cannot run on this machine together with the remedy, or None if it can.
         why_unable: Returns the reason it cannot compute these arguments of the operator, or None if it can.
+        only_if_named: Runs only if ``VISION_KERNELS_BACKEND`` names it, whatever its place in the list.
     """
 
     backend: str
@@ -51,6 +52,7 @@ class Implementation:
     devices: tuple[str, ...] = ()
     why_unavailable: Callable[[], str | None] = _always_available
     why_unable: Callable[..., str | None] = _always_able
+    only_if_named: bool = False
 
     def runs_on(self, device_type: str) -> bool:
         return not self.devices or device_type in self.devices
@@ -139,7 +141,9 @@ class Operator:
         # Asked in every call; what a machine has does not change.
         if device_type not in self._available:
             self._available[device_type] = tuple(
-                each for each in self.implementations if each.runs_on(device_type) and each.why_unavailable() is None
+                each
+                for each in self.implementations
+                if each.runs_on(device_type) and not each.only_if_named and each.why_unavailable() is None
             )
         return self._available[device_type]
 

@@ -13,11 +13,15 @@ from vision_kernels.conv1d_silu.reference import conv1d_silu_reference, conv1d_s
 from vision_kernels.conv1d_silu.torch_conv import conv1d_silu_torch, conv1d_silu_torch_backward
 from vision_kernels.native import why_not_float32
 from vision_kernels.registration import register
+from vision_kernels.triton_support import compiled_by_triton
 
 OPERATOR = Operator(
     "conv1d_silu",
     (
         *compiled_for_cpu(conv1d_silu_cpu, conv1d_silu_cpu_backward, why_not_float32),
+        compiled_by_triton(
+            "vision_kernels.conv1d_silu.triton_conv", "conv1d_silu_triton", "conv1d_silu_triton_backward"
+        ),
         Implementation("torch", conv1d_silu_torch, conv1d_silu_torch_backward, "PyTorch's convolution"),
         Implementation(
             "reference", conv1d_silu_reference, conv1d_silu_reference_backward, "the definition, tap after tap"

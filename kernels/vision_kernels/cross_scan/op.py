@@ -13,11 +13,15 @@ from vision_kernels.cross_scan.reference import cross_merge_reference, cross_sca
 from vision_kernels.cross_scan.routes import check_routes
 from vision_kernels.cross_scan.torch_routes import cross_merge_torch, cross_scan_torch
 from vision_kernels.registration import define
+from vision_kernels.triton_support import compiled_by_triton, why_not_of_16_or_32_bits
+
+_TRITON = "vision_kernels.cross_scan.triton_routes"
 
 SCAN = Operator(
     "cross_scan",
     (
         *compiled_for_cpu(cross_scan_cpu, None, why_unable),
+        compiled_by_triton(_TRITON, "cross_scan_triton", None, why_not_of_16_or_32_bits),
         Implementation("torch", cross_scan_torch, None, "PyTorch's transposition and flip"),
         Implementation("reference", cross_scan_reference, None, "the definition, a table of positions"),
     ),
@@ -26,6 +30,7 @@ MERGE = Operator(
     "cross_merge",
     (
         *compiled_for_cpu(cross_merge_cpu, None, why_unable),
+        compiled_by_triton(_TRITON, "cross_merge_triton", None, why_not_of_16_or_32_bits),
         Implementation("torch", cross_merge_torch, None, "PyTorch's transposition and flip"),
         Implementation("reference", cross_merge_reference, None, "the definition, a table of positions"),
     ),

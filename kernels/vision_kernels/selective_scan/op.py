@@ -13,6 +13,7 @@ from vision_kernels.registration import register
 from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward
 from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
+from vision_kernels.triton_support import compiled_by_triton
 
 
 def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -45,6 +46,9 @@ OPERATOR = Operator(
     "selective_scan",
     (
         *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_not_float32),
+        compiled_by_triton(
+            "vision_kernels.selective_scan.triton_scan", "selective_scan_triton", "selective_scan_triton_backward"
+        ),
         Implementation(
             "torch",
             channels_first(selective_scan_torch),

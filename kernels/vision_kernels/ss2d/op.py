@@ -15,11 +15,15 @@ from vision_kernels.selective_scan.reference import selective_scan_reference, se
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
 from vision_kernels.ss2d.cpu import empty_image, memory_format_of, ss2d_cpu, ss2d_cpu_backward, why_unable
 from vision_kernels.ss2d.unfused import ss2d_unfused, ss2d_unfused_backward
+from vision_kernels.triton_support import compiled_by_triton, why_not_of_16_or_32_bits
 
 OPERATOR = Operator(
     "ss2d",
     (
         *compiled_for_cpu(ss2d_cpu, ss2d_cpu_backward, why_unable),
+        compiled_by_triton(
+            "vision_kernels.ss2d.triton_ss2d", "ss2d_triton", "ss2d_triton_backward", why_not_of_16_or_32_bits
+        ),
         Implementation(
             "torch",
             functools.partial(ss2d_unfused, selective_scan_torch),

@@ -1,0 +1,51 @@
+"""Cross scan and cross merge by Triton: how the kernels are launched."""
+
+import torch
+from torch import Tensor
+
+from vision_kernels.cross_scan.routes import ROUTES
+from vision_kernels.cross_scan.triton_kernels import merge_routes, scan_routes
+
+_LARGEST_SIDE = 32
+_ELEMENTS, _WARPS = 2048, 4  # of a tile
+
+
+def _options(height: int, width: int, routes: str) -> dict[str, int]:
+    """The constants of the kernels: of small images a tile holds several."""
+    rows, columns = (min(_LARGEST_SIDE, 1 << (side - 1).bit_length()) for side in (height, width))
+    return {
+        "COLUMNS": sum(route.by_columns << j for j, route in enumerate(ROUTES[routes])),
+        "BACKWARDS": sum(route.backwards << j for j, route in enumerate(ROUTES[routes])),
+        "PLANES": _ELEMENTS // (rows * columns),
+        "TILE_ROWS": rows,
+        "TILE_COLUMNS": columns,
+        "num_warps": _WARPS,
+    }
+
+
+def _launch(kernel, source: Tensor, target: Tensor, image: tuple[int, int, int, int], routes: str) -> None:
+    batch, dim, height, width = image
+    if batch * dim * height * width == 0:
+        return
+    options = _options(height, width, routes)
+    row_blocks, column_blocks = -(-height // options["TILE_ROWS"]), -(-width // options["TILE_COLUMNS"])
+    programs = -(-batch * dim // options["PLANES"]) * row_blocks * column_blocks
+    sizes = (batch * dim, dim, height, width, row_blocks, column_blocks)
+    with torch.cuda.device_of(source):
+        kernel[(programs,)](source, target, *sizes, *source.stride(), **options)
+
+
+def cross_scan_triton(x: Tensor, routes: str) -> Tensor:
+    """Return (batch, 4, dim, length)."""
+    batch, dim, height, width = x.shape
+    y = x.new_empty(batch, 4, dim, height * width)
+    _launch(scan_routes, x, y, tuple(x.shape), routes)
+    return y
+
+
+def cross_merge_triton(y: Tensor, height: int, width: int, routes: str) -> Tensor:
+    """Return (batch, dim, length)."""
+    batch, _, dim, length = y.shape
+    x = y.new_empty(batch, dim, length)
+    _launch(merge_routes, y, x, (batch, dim, height, width), routes)
+    return x

@@ -1,0 +1,42 @@
+"""What Triton kernels of several operators compute with."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) of float32, to 3e-7 of itself for any x.
+
+    A polynomial for log(1 + e) / e with e = exp(-|x|) from 0 to 1: a logarithm would be slower, and inaccurate where e
+    is small.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2_E)
+    p = 0.00512610214 * e - 0.0290740647
+    p = p * e + 0.0775160867
+    p = p * e - 0.136022476
+    p = p * e + 0.190768807
+    p = p * e - 0.24835399
+    p = p * e + 0.333181217
+    p = p * e - 0.49999445
+    p = p * e + 0.999999966
+    # `maximum` may drop what is not a number; the polynomial does not.
+    return tl.maximum(x, 0.0) + p * e
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of float32."""
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def load_steps(at, t, stop, stride, mask, STEPS: tl.constexpr):
+    """Load `STEPS` steps from t on as a tuple, in their own type; zeros from `stop` on and where `mask` is not set."""
+    steps = ()
+    for k in tl.static_range(STEPS):
+        offset = (t + k + tl.full((), 0, tl.int64)) * stride
+        steps = steps + (tl.load(at + offset, mask=mask & (t + k < stop), other=0.0),)
+    return steps
