@@ -12,6 +12,9 @@ from urllib.error import URLError
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU if tests ask for them
+
 import mambavision
 from mambavision.checkpoint import read_checkpoint
 

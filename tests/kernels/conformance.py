@@ -1,18 +1,64 @@
 """What the conformance tests of all operators share."""
 
+import dataclasses
+
 import torch
 
-from vision_kernels.backends import Operator
-from vision_kernels.native import INSTRUCTION_SETS
+from vision_kernels.backends import BACKEND_VARIABLE, Operator
+
+_ON_GPU = "@cuda"
 
 
 def backends(operator: Operator, float64: bool = False) -> list[str]:
-    """Names of the operator's backends that can run here on the CPU; those that compute in float64, if asked."""
-    return [
-        each.backend
-        for each in operator.implementations
-        if each.runs_on("cpu") and each.why_unavailable() is None and not (float64 and each.backend in INSTRUCTION_SETS)
-    ]
+    """Names of the operator's backends that can run here; those that compute in float64, if asked.
+
+    On the CPU, but for those that run only if they are named; and with "@cuda" behind the name those made for GPUs.
+    """
+    able = [each for each in operator.implementations if each.why_unavailable() is None]
+    if float64:
+        able = [each for each in able if each.backend not in computing_float32(operator)]
+    names = [each.backend for each in able if each.runs_on("cpu") and not each.only_if_named]
+    if torch.cuda.is_available():
+        names += [each.backend + _ON_GPU for each in able if "cuda" in each.devices and not each.only_if_named]
+    return names
+
+
+def computing_float32(operator: Operator) -> set[str]:
+    """Names of the operator's backends that leave float64 to others."""
+    double = (torch.empty(0, dtype=torch.float64), torch.float64)
+    return {each.backend for each in operator.implementations if each.why_unable(*double)}
+
+
+def force(choice: str, monkeypatch, *operators: Operator) -> str:
+    """Let the operators be computed by one of `backends`, on a GPU although tensors are on the CPU; return its name."""
+    name = choice.removesuffix(_ON_GPU)
+    monkeypatch.setenv(BACKEND_VARIABLE, ",".join(f"{operator.name}={name}" for operator in operators))
+    if name != choice:
+        select = Operator.select
+
+        def select_on_gpu(self, device_type, *arguments):
+            chosen = select(self, "cuda", *arguments)
+            backward = chosen.backward and _on_gpu(chosen.backward)
+            return dataclasses.replace(chosen, forward=_on_gpu(chosen.forward), backward=backward)
+
+        monkeypatch.setattr(Operator, "select", select_on_gpu)
+    return name
+
+
+def _on_gpu(function):
+    def computed_there(*arguments):
+        results = function(*(_moved(each) if isinstance(each, torch.Tensor) else each for each in arguments))
+        if isinstance(results, torch.Tensor):
+            return results.cpu()
+        return tuple(None if each is None else each.cpu() for each in results)
+
+    return computed_there
+
+
+def _moved(tensor):
+    """With the same strides, which `.cuda()` would not keep of a part of a tensor."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def relative_rms(found, expected):

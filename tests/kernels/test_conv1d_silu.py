@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conformance import backends, poison_unwritten_memory, relative_rms
+from conformance import backends, force, poison_unwritten_memory, relative_rms
 from vision_kernels import conv1d_silu
 from vision_kernels.backends import BACKEND_VARIABLE
 from vision_kernels.conv1d_silu.op import OPERATOR
@@ -12,8 +12,7 @@ from vision_kernels.conv1d_silu.op import OPERATOR
 
 @pytest.fixture(params=backends(OPERATOR))
 def backend(request, monkeypatch):
-    monkeypatch.setenv(BACKEND_VARIABLE, request.param)
-    return request.param
+    return force(request.param, monkeypatch, OPERATOR)
 
 
 def inputs(batch=2, length=7, dim=6, taps=3, dtype=torch.float32):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies
 
-from conformance import backends, poison_unwritten_memory
+from conformance import backends, force, poison_unwritten_memory
 from parity import DATA
 from vision_kernels import cross_merge, cross_scan
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS
@@ -29,8 +29,7 @@ IMAGES = [(1, 1), (1, 13), (13, 1), (2, 3), (4, 4), (7, 7), (5, 18), (8, 8), (14
 
 @pytest.fixture(params=backends(SCAN))
 def backend(request, monkeypatch):
-    monkeypatch.setenv(BACKEND_VARIABLE, f"cross_scan={request.param},cross_merge={request.param}")
-    return request.param
+    return force(request.param, monkeypatch, SCAN, MERGE)
 
 
 def orders(routes, height, width):

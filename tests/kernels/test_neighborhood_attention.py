@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies
 
-from conformance import backends, poison_unwritten_memory, relative_rms
+from conformance import backends, computing_float32, force, poison_unwritten_memory, relative_rms
 from parity import DATA
 from vision_kernels import neighborhood_attention
 from vision_kernels.backends import BACKEND_VARIABLE
@@ -43,8 +43,7 @@ CASES = [
 
 @pytest.fixture(params=backends(OPERATOR))
 def backend(request, monkeypatch):
-    monkeypatch.setenv(BACKEND_VARIABLE, f"neighborhood_attention={request.param}")
-    return request.param
+    return force(request.param, monkeypatch, OPERATOR)
 
 
 @pytest.fixture(params=[1 << 20, 1], ids=["large chunks", "small chunks"])
@@ -55,7 +54,7 @@ def chunks(request, monkeypatch):
 
 def precise_dtype(backend):
     """float64 where the backend computes in it."""
-    return torch.float32 if backend in INSTRUCTION_SETS else torch.float64
+    return torch.float32 if backend in computing_float32(OPERATOR) else torch.float64
 
 
 def inputs(size=(7, 9), kernel_size=3, dim=6, batch=2, heads=2, dtype=torch.float32, with_bias=True, seed=0):
@@ -341,7 +340,7 @@ def test_wrong_types_and_devices_are_named():
 
 def test_compiled_kernels_leave_float64_to_others(backend):
     query, key, value, _ = inputs(dtype=torch.float64)
-    if backend not in INSTRUCTION_SETS:
+    if backend not in computing_float32(OPERATOR):
         neighborhood_attention(query, key, value, 3)
         return
     with pytest.raises(ValueError, match="computes in float32, and an input is float64"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies
 
-from conformance import backends, poison_unwritten_memory, relative_rms
+from conformance import backends, computing_float32, force, poison_unwritten_memory, relative_rms
 from parity import DATA
 from vision_kernels import selective_scan
 from vision_kernels.backends import BACKEND_VARIABLE
@@ -25,8 +25,7 @@ TENSORS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 @pytest.fixture(params=backends(OPERATOR))
 def backend(request, monkeypatch):
-    monkeypatch.setenv(BACKEND_VARIABLE, request.param)
-    return request.param
+    return force(request.param, monkeypatch, OPERATOR)
 
 
 @pytest.fixture(params=backends(OPERATOR, float64=True))
@@ -168,7 +167,7 @@ def test_result_does_not_depend_on_the_number_of_threads(backend):
 
 def test_agrees_with_recorded_numbers(backend):
     recorded = {name: torch.from_numpy(array) for name, array in np.load(DATA / "kernels/selective_scan.npz").items()}
-    dtype, tolerance = (torch.float32, 2e-6) if backend in INSTRUCTION_SETS else (torch.float64, 1e-13)
+    dtype, tolerance = (torch.float32, 2e-6) if backend in computing_float32(OPERATOR) else (torch.float64, 1e-13)
     arguments = [recorded[name].to(dtype).requires_grad_() for name in TENSORS]
     y = selective_scan(*arguments, delta_softplus=True)
     (y * recorded["w"]).sum().backward()
@@ -354,7 +353,7 @@ def test_wrong_types_and_devices_are_named():
 
 
 def test_compiled_kernels_refuse_float64_when_forced(backend):
-    if backend not in INSTRUCTION_SETS:
+    if backend not in computing_float32(OPERATOR):
         selective_scan(*inputs(dtype=torch.float64))
         return
     with pytest.raises(ValueError, match=f"selective_scan={backend}: computes in float32, and an input is float64"):

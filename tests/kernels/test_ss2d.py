@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import strategies
 from torch.utils.flop_counter import FlopCounterMode
 
-from conformance import backends, poison_unwritten_memory, relative_rms
+from conformance import backends, computing_float32, force, poison_unwritten_memory, relative_rms
 from parity import DATA, values
 from vision_kernels import cross_merge, cross_scan, selective_scan, ss2d
 from vision_kernels.backends import BACKEND_VARIABLE
@@ -37,8 +37,7 @@ SHAPES = [
 
 @pytest.fixture(params=backends(OPERATOR))
 def backend(request, monkeypatch):
-    monkeypatch.setenv(BACKEND_VARIABLE, f"ss2d={request.param}")
-    return request.param
+    return force(request.param, monkeypatch, OPERATOR)
 
 
 def inputs(batch=2, dim=6, height=3, width=4, rank=2, state=3, dtype=torch.float32, parameters=None, seed=0):
@@ -167,7 +166,7 @@ def test_agrees_with_recorded_vmamba_modules(backend):
 
 
 def test_agrees_with_recorded_segman_numbers(backend):
-    dtype = torch.float32 if backend in INSTRUCTION_SETS else torch.float64
+    dtype = torch.float32 if backend in computing_float32(OPERATOR) else torch.float64
     tolerance = 1e-10 if dtype == torch.float64 else 5e-6  # torch's softplus is linear above 20, to 2e-9
     recorded = np.load(DATA / "kernels" / "vssm.npz")
     names = ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")

@@ -20,11 +20,17 @@ from vision_kernels.neighborhood_attention.torch_attention import (
     neighborhood_attention_torch_backward,
 )
 from vision_kernels.registration import register
+from vision_kernels.triton_support import compiled_by_triton
 
 OPERATOR = Operator(
     "neighborhood_attention",
     (
         *compiled_for_cpu(neighborhood_attention_cpu, neighborhood_attention_cpu_backward, why_not_float32),
+        compiled_by_triton(
+            "vision_kernels.neighborhood_attention.triton_attention",
+            "neighborhood_attention_triton",
+            "neighborhood_attention_triton_backward",
+        ),
         Implementation(
             "torch",
             neighborhood_attention_torch,
