@@ -7,22 +7,16 @@ which it is given as a function pointer.
 
 import ctypes
 import functools
-import struct
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vision_kernels.views import as_c
+
 LIBRARY = Path(__file__).with_name("_cpu.so")
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "any processor"}  # best first
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_MAX_DIMS = 5
-# View in csrc/cpu/view.h, for each number of dimensions; unused sizes and strides are padding.
-_VIEWS = [
-    struct.Struct(f"=Qq{dims}q{8 * (_MAX_DIMS - dims)}x{dims}q{8 * (_MAX_DIMS - dims)}x")
-    for dims in range(_MAX_DIMS + 1)
-]
 
 
 @functools.cache
@@ -61,16 +55,9 @@ def why_not_float32(*arguments: object) -> str | None:
 
 def call(kernel: str, instruction_set: str, *arguments: Tensor | int | None) -> None:
     """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor."""
-    _function(kernel, instruction_set)(*map(_converted, arguments))
+    _function(kernel, instruction_set)(*map(as_c, arguments))
 
 
 @functools.cache
 def _function(kernel: str, instruction_set: str) -> ctypes._CFuncPtr:
     return getattr(_load(), f"{kernel}_{instruction_set}")
-
-
-def _converted(argument: Tensor | int | None) -> bytes | ctypes.c_int64 | None:
-    if isinstance(argument, Tensor):
-        shape = argument.shape  # ctypes passes bytes as a pointer to them
-        return _VIEWS[len(shape)].pack(argument.data_ptr(), _DTYPES[argument.dtype], *shape, *argument.stride())
-    return None if argument is None else ctypes.c_int64(argument)

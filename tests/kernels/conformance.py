@@ -4,9 +4,13 @@ import dataclasses
 
 import torch
 
-from vision_kernels.backends import BACKEND_VARIABLE, Operator
+import emulation
+from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS, Operator
 
 _ON_GPU = "@cuda"
+
+for _operator in OPERATORS.values():
+    emulation.add_emulated(_operator)
 
 
 def backends(operator: Operator, float64: bool = False) -> list[str]:

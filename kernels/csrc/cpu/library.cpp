@@ -1,5 +1,5 @@
 // The part of the library that is compiled once: what the processor can do, and torch's thread pool.
-#include "view.h"
+#include "thread_pool.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)

@@ -9,7 +9,8 @@
 #include <immintrin.h>
 #endif
 
-#include "view.h"
+#include "../view.h"
+#include "thread_pool.h"
 
 #define VK_JOIN_(a, b) a##_##b
 #define VK_JOIN(a, b) VK_JOIN_(a, b)

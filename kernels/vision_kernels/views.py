@@ -1,0 +1,23 @@
+"""Tensors as the compiled kernels see them: csrc/view.h."""
+
+import ctypes
+import struct
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_DIMS = 5
+# For each number of dimensions; unused sizes and strides are padding.
+_VIEWS = [
+    struct.Struct(f"=Qq{dims}q{8 * (_MAX_DIMS - dims)}x{dims}q{8 * (_MAX_DIMS - dims)}x")
+    for dims in range(_MAX_DIMS + 1)
+]
+
+
+def as_c(argument: Tensor | int | None) -> bytes | ctypes.c_int64 | None:
+    """Return what ctypes passes to a kernel: a pointer to a view of a tensor, an integer, or a null pointer."""
+    if isinstance(argument, Tensor):
+        shape = argument.shape  # ctypes passes bytes as a pointer to them
+        return _VIEWS[len(shape)].pack(argument.data_ptr(), _DTYPES[argument.dtype], *shape, *argument.stride())
+    return None if argument is None else ctypes.c_int64(argument)
