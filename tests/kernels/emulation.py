@@ -15,7 +15,7 @@ from vision_kernels.cuda import Library
 BACKEND = "cuda-emulated"
 _HEADERS = Path(__file__).with_name("emulator")
 _SOURCES = ROOT / "kernels" / "csrc"
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Werror", f"-I{_HEADERS}"]
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{_HEADERS}"]
 
 
 @functools.cache

@@ -10,16 +10,20 @@ from torch.utils.flop_counter import register_flop_formula
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cross_scan.routes import check_routes
+from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.registration import register
 from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
 from vision_kernels.ss2d.cpu import empty_image, memory_format_of, ss2d_cpu, ss2d_cpu_backward, why_unable
+from vision_kernels.ss2d.cuda import ss2d_cuda, ss2d_cuda_backward
+from vision_kernels.ss2d.cuda import why_unable as why_unable_on_cuda
 from vision_kernels.ss2d.unfused import ss2d_unfused, ss2d_unfused_backward
 from vision_kernels.triton_support import compiled_by_triton, why_not_of_16_or_32_bits
 
 OPERATOR = Operator(
     "ss2d",
     (
+        compiled_for_cuda(ss2d_cuda, ss2d_cuda_backward, why_unable_on_cuda),
         *compiled_for_cpu(ss2d_cpu, ss2d_cpu_backward, why_unable),
         compiled_by_triton(
             "vision_kernels.ss2d.triton_ss2d", "ss2d_triton", "ss2d_triton_backward", why_not_of_16_or_32_bits

@@ -23,6 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 #define __shared__ static
 #define __align__(bytes) alignas(bytes)
@@ -65,9 +66,14 @@ constexpr size_t kStack = 256 << 10;
 
 enum class State { kReady, kAtBarrier, kAtWarpBarrier, kDone };
 
+struct Exchanged {
+    unsigned words[8];
+};
+
 struct Thread {
     State state;
     bool started;
+    unsigned exchanges;
     dim3 index;
     jmp_buf place;
     ucontext_t context;
@@ -77,7 +83,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<char> stacks;
     std::vector<unsigned char> shared;
-    std::vector<uint64_t> exchanged;  // a value for each thread of a shuffle
+    std::vector<Exchanged> exchanged;  // for each thread, what it offers in a shuffle, and in the one after
     size_t running;
     jmp_buf scheduler;
     void (*body)(void*);
@@ -129,6 +135,7 @@ inline void run_block(size_t count) {
         Thread& thread = block.threads[i];
         thread.state = State::kReady;
         thread.started = false;
+        thread.exchanges = 0;
         thread.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     }
     std::fill(block.shared.begin(), block.shared.end(), 0xFF);  // not-a-number, for what is read unwritten
@@ -149,14 +156,23 @@ inline void run_block(size_t count) {
     }
 }
 
+// Offers a value to the other threads of the warp. Returns those of all 32, which stay until the thread's next but one
+// exchange: nobody can be further ahead, because each exchange waits for all.
+template <class Value>
+const Exchanged* offer(const Value& value) {
+    static_assert(sizeof value <= sizeof(Exchanged));
+    const size_t count = block.threads.size(), index = block.running;
+    Exchanged* const row = block.exchanged.data() + block.threads[index].exchanges++ % 2 * (count + warpSize);
+    memcpy(&row[index], &value, sizeof value);
+    wait(State::kAtWarpBarrier);
+    return row + index / warpSize * warpSize;
+}
+
 template <class Value>
 Value exchange(Value value, int source) {
-    static_assert(sizeof(Value) <= sizeof(uint64_t));
-    const size_t index = block.running, warp = index / warpSize * warpSize;
-    memcpy(&block.exchanged[index], &value, sizeof value);
-    wait(State::kAtWarpBarrier);
-    if (warp + source < block.threads.size() && source < warpSize) memcpy(&value, &block.exchanged[warp + source], sizeof value);
-    wait(State::kAtWarpBarrier);
+    const size_t warp = block.running / warpSize * warpSize;
+    const Exchanged* const all = offer(value);
+    if (warp + source < block.threads.size() && source < warpSize) memcpy(&value, &all[source], sizeof value);
     return value;
 }
 
@@ -186,7 +202,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const size_t count = size_t(blockDim.x) * blockDim.y * blockDim.z;
     block.threads.resize(count);
     block.stacks.resize(count * kStack);
-    block.exchanged.resize(count);
+    block.exchanged.resize(2 * (count + warpSize));
     block.shared.resize(config->dynamicSmemBytes);
     auto body = [&] { kernel(arguments...); };
     block.body = [](void* call) { (*static_cast<decltype(body)*>(call))(); };
@@ -225,6 +241,18 @@ Value __shfl_down_sync(unsigned mask, Value value, unsigned distance, int width 
     const int lane = emulator::lane();
     return emulator::exchange(value, lane % width + int(distance) >= width ? lane : lane + int(distance));
 }
+
+// Registers of all lanes of the warp, as those in kernels/csrc/cuda/mma.cuh.
+#define VK_WARP_REGISTERS
+template <int kCount>
+class WarpRegisters {
+  public:
+    explicit WarpRegisters(const unsigned (&own)[kCount]) : all(emulator::offer(own)) {}
+    unsigned of(int lane, int index) const { return all[lane].words[index]; }
+
+  private:
+    const emulator::Exchanged* all;
+};
 
 template <class Value>
 Value __ldg(const Value* address) {

@@ -1,0 +1,356 @@
+// What the forward and the backward pass of SS2D share. Definition: ../../vision_kernels/ss2d/unfused.py.
+//
+// A warp takes 16 channels and 8 segments of a route, each of up to kSteps successive positions. Its lane 4 g + q holds
+// the channels 4 q ... 4 q + 3 of segment g, as products of matrices return them (mma.cuh): step sizes come from tensor
+// cores. A segment maps the state before it to that behind it, h -> factor h + offset. Lanes compose these maps by
+// shuffles and warps through shared memory: a block passes through a route in rounds of 8 segments a warp.
+#pragma once
+#include "mma.cuh"
+
+namespace {
+
+constexpr int kRoutes = 4;
+constexpr int kTile = 16;  // channels of a warp
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+// How many numbers of bfloat16 stand for one of the low-rank step sizes, for a gradient, and for a weight.
+template <class T>
+struct Precision {
+    static constexpr int kLow = sizeof(T) == 4 ? 3 : 2, kGradient = kLow, kWeight = 3;
+};
+template <>
+struct Precision<__nv_bfloat16> {
+    static constexpr int kLow = 1, kGradient = 2, kWeight = 3;
+};
+
+template <class T>
+struct Problem {
+    const T* x;            // (batch, length, dim), the channels adjacent
+    const T* projections;  // (batch, length, route, rank + 2 states), contiguous: step sizes of low rank, B, C
+    const float* dt_weight;  // (route, dim, rank)
+    const float* dt_bias;    // (route, dim)
+    const float* A;          // (route dim, states)
+    const float* D;          // (route dim)
+    int64_t x_by_batch, x_by_position;
+    int batch, length, dim, rank, states;
+    int step[kRoutes];  // raster distance to the next position
+    int steps, rounds;  // positions of a segment; passes of a block of `warps` to the end of a route
+    bool aligned;       // four channels of x can be loaded at once
+    bool even;          // and two columns of the projections
+
+    struct RouteSteps {
+        int64_t of[kRoutes];
+    };
+
+    Problem(const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A, const View* D,
+            const RouteSteps& route_steps, int64_t steps, int64_t rounds)
+        : x(static_cast<const T*>(x->data)), projections(static_cast<const T*>(projections->data)),
+          dt_weight(static_cast<const float*>(dt_weight->data)), dt_bias(static_cast<const float*>(dt_bias->data)),
+          A(static_cast<const float*>(A->data)), D(static_cast<const float*>(D->data)), x_by_batch(x->stride[0]),
+          x_by_position(x->stride[1]), batch(int(x->size[0])), length(int(x->size[1])), dim(int(x->size[2])),
+          rank(int(dt_weight->size[2])), states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)),
+          aligned(reinterpret_cast<uintptr_t>(x->data) % (4 * sizeof(T)) == 0 && x_by_batch % 4 == 0 &&
+                  x_by_position % 4 == 0),
+          even(rank % 2 == 0 && reinterpret_cast<uintptr_t>(projections->data) % (2 * sizeof(T)) == 0) {
+        for (int j = 0; j < kRoutes; ++j) step[j] = int(route_steps.of[j]);
+    }
+
+    __host__ __device__ int columns() const { return rank + 2 * states; }
+    __host__ __device__ int tiles() const { return (dim + kTile - 1) / kTile; }
+};
+
+struct Lane {
+    int warp, g, q;
+    __device__ Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), q(threadIdx.x % 4) {}
+};
+
+__device__ __forceinline__ float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float logarithm_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return log2f(x);
+#endif
+}
+
+// The hardware's logarithm has an absolute error: near 1 a series takes its place.
+__device__ __forceinline__ float softplus(float x) {
+    const float e = power_of_two(-fabsf(x) * kLog2E);
+    const float series = e * (1 + e * (-1.0f / 2 + e * (1.0f / 3 + e * (-1.0f / 4 + e * (1.0f / 5)))));
+    return fmaxf(x, 0) + (e < 1.0f / 16 ? series : kLn2 * logarithm_of_two(1 + e));
+}
+
+// The derivative of softplus where softplus is x: 1 - exp(-x), exact in relative terms for small x too.
+__device__ __forceinline__ float softplus_slope(float x) {
+    const float series =
+        x * (1 - x * (1.0f / 2 - x * (1.0f / 6 - x * (1.0f / 24 - x * (1.0f / 120 - x * (1.0f / 720))))));
+    return x < 0.25f ? series : 1 - power_of_two(-x * kLog2E);
+}
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+    T of[4];
+};
+
+// `count` of four adjacent elements; zero instead of the others.
+template <class T>
+__device__ __forceinline__ void load_four(const T* source, int count, bool aligned, float (&target)[4]) {
+    if (aligned && count >= 4) {
+        const Four<T> four = *reinterpret_cast<const Four<T>*>(source);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) target[c] = to_float(four.of[c]);
+    } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) target[c] = c < count ? to_float(source[c]) : 0.0f;
+    }
+}
+template <class T>
+__device__ __forceinline__ void store_four(T* target, int count, bool aligned, const float (&source)[4]) {
+    if (aligned && count >= 4) {
+        Four<T> four;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) assign(four.of + c, source[c]);
+        *reinterpret_cast<Four<T>*>(target) = four;
+    } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+            if (c < count) assign(target + c, source[c]);
+    }
+}
+
+// Images (batch, length, dim) with adjacent channels, whose type matters only where they are read or written.
+struct Image {
+    void* data;
+    int64_t dtype, by_batch, by_position;
+    bool aligned;
+
+    explicit Image(const View* view)
+        : data(view->data), dtype(view->dtype), by_batch(view->stride[0]), by_position(view->stride[1]),
+          aligned(reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && by_batch % 4 == 0 && by_position % 4 == 0) {}
+
+    template <class Body>
+    __device__ __forceinline__ void at(int batch, int position, int channel, const Body& body) const {
+        const int64_t offset = batch * by_batch + position * by_position + channel;
+        if (dtype == kFloat32) return body(static_cast<float*>(data) + offset);
+        if (dtype == kBFloat16) return body(static_cast<__nv_bfloat16*>(data) + offset);
+        body(static_cast<__half*>(data) + offset);
+    }
+    __device__ __forceinline__ void load(int batch, int position, int channel, int count, float (&target)[4]) const {
+        at(batch, position, channel, [&](auto* source) { load_four(source, count, aligned, target); });
+    }
+    __device__ __forceinline__ void store(int batch, int position, int channel, int count, const float (&source)[4]) const {
+        at(batch, position, channel, [&](auto* target) { store_four(target, count, aligned, source); });
+    }
+};
+
+// The positions of one segment. Behind the last one it repeats them: loads need no conditions.
+template <int kSteps>
+struct Segment {
+    int count;
+    int position[kSteps];  // in raster order
+
+    // From the beginning of a row or column to its end, then to the beginning of the next one; or all of it backwards.
+    __device__ __forceinline__ Segment(int first, int steps, int step, int length) {
+        count = max(0, min(steps, length - first));
+        const int stride = abs(step), in_line = length / stride;
+        int t = min(first, length - 1);
+        if (step < 0) t = length - 1 - t;
+        int p = t % in_line * stride + t / in_line;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+            position[i] = p;
+            if (i + 1 >= count) continue;
+            p += step;
+            if (p >= length) p -= length - 1;
+            if (p < 0) p += length - 1;
+        }
+    }
+};
+
+// A warp's part of a round, as one lane sees it.
+template <class T, int kSteps>
+struct Work {
+    const Problem<T>& problem;
+    Lane lane;
+    int batch, route, tile, channel, count;  // the first of four channels, and how many of them there are
+    Segment<kSteps> segment;
+
+    __device__ __forceinline__ Work(const Problem<T>& problem, int batch, int route, int tile, int round)
+        : problem(problem), batch(batch), route(route), tile(tile), channel(tile * kTile + 4 * lane.q),
+          count(problem.dim - channel),
+          segment((round * int(blockDim.x / 4) + lane.warp * 8 + lane.g) * problem.steps, problem.steps,
+                  problem.step[route], problem.length) {}
+
+    __device__ __forceinline__ const T* projections(int position) const {
+        const int64_t row = (int64_t(batch) * problem.length + position) * kRoutes + route;
+        return problem.projections + row * problem.columns();
+    }
+    __device__ __forceinline__ void load_x(int i, float (&x)[4]) const {
+        load_four(problem.x + batch * problem.x_by_batch + segment.position[i] * problem.x_by_position + channel, count,
+                  problem.aligned, x);
+    }
+    // Column `column` of the projections at each position.
+    __device__ __forceinline__ void load_column(int column, float (&target)[kSteps]) const {
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) target[i] = to_float(projections(segment.position[i])[column]);
+    }
+    // A log2(e) of one state, so that exp(step A) is a power of two.
+    __device__ __forceinline__ void load_rates(int n, float (&rate)[4]) const {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int64_t row = int64_t(route) * problem.dim + channel + c;
+            rate[c] = c < count ? problem.A[row * problem.states + n] * kLog2E : 0.0f;
+        }
+    }
+
+    // Columns first, first + 1 of the low-rank step sizes at a position, in parts; zeros beyond the rank.
+    __device__ __forceinline__ Split<Precision<T>::kLow> low_pair(int i, int first) const {
+        const T* row = projections(segment.position[i]) + first;
+        if constexpr (sizeof(T) == 2 && Precision<T>::kLow == 1) {
+            Split<1> pair;
+            pair.part[0] = 0;
+            if (problem.even) {
+                if (first < problem.rank) pair.part[0] = *reinterpret_cast<const unsigned*>(row);
+                return pair;
+            }
+        }
+        return {first < problem.rank ? to_float(row[0]) : 0.0f, first + 1 < problem.rank ? to_float(row[1]) : 0.0f};
+    }
+    // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks.
+    __device__ __forceinline__ void load_low(int i, int rank, Split<Precision<T>::kLow> (&low)[4]) const {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) low[k] = low_pair(2 * i + k % 2, rank + 2 * lane.q + k / 2 * 8);
+    }
+
+    __device__ __forceinline__ float weight(int channel_in_tile, int rank) const {
+        const int channel = tile * kTile + channel_in_tile;
+        if (channel >= problem.dim || rank >= problem.rank) return 0;
+        return problem.dt_weight[(int64_t(route) * problem.dim + channel) * problem.rank + rank];
+    }
+
+    // softplus(dt_weight low + dt_bias); zero behind the end, which leaves states as they are.
+    __device__ __forceinline__ void step_sizes(float (&step)[kSteps][4]) const {
+        constexpr int kLow = Precision<T>::kLow, kParts = Precision<T>::kWeight;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const float bias = c < count ? problem.dt_bias[int64_t(route) * problem.dim + channel + c] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < kSteps; ++i) step[i][c] = bias;
+        }
+#pragma unroll 1
+        for (int rank = 0; rank < problem.rank; rank += 16) {
+            Split<kParts> weights[2][2];  // columns g of two products are channels 4 (g / 2) + g % 2, and these + 2
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int column = lane.g / 2 * 4 + lane.g % 2 + k / 2 * 2, row = rank + 2 * lane.q + k % 2 * 8;
+                weights[k / 2][k % 2] = Split<kParts>(weight(column, row), weight(column, row + 1));
+            }
+#pragma unroll
+            for (int i = 0; i < kSteps / 2; ++i) {
+                if (2 * i >= problem.steps) break;
+                Split<kLow> low[4];
+                load_low(i, rank, low);
+#pragma unroll
+                for (int k = 0; k < 2; ++k)
+                    multiply(step[2 * i][2 * k], step[2 * i][2 * k + 1], step[2 * i + 1][2 * k], step[2 * i + 1][2 * k + 1],
+                             low, weights[k]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) step[i][c] = i < segment.count ? softplus(step[i][c]) : 0.0f;
+    }
+};
+
+// What a run of positions does to a state in front of it: h -> factor h + offset. In the other direction gradients of
+// states take the same form, with the same factor.
+struct Map {
+    float factor, offset;
+
+    // This one behind another.
+    __device__ __forceinline__ void follow(float earlier_factor, float earlier_offset) {
+        offset += factor * earlier_offset;
+        factor *= earlier_factor;
+    }
+};
+
+// Of the segments of a warp up to this one, from the first if kForwards, else from the last.
+template <bool kForwards>
+__device__ __forceinline__ Map compose(Map map, int g) {
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) {
+        const float factor = kForwards ? __shfl_up_sync(~0u, map.factor, 4 * distance)
+                                       : __shfl_down_sync(~0u, map.factor, 4 * distance);
+        const float offset = kForwards ? __shfl_up_sync(~0u, map.offset, 4 * distance)
+                                       : __shfl_down_sync(~0u, map.offset, 4 * distance);
+        if (kForwards ? g >= distance : g + distance < 8) map.follow(factor, offset);
+    }
+    return map;
+}
+// Of the segments before (or, not kForwards, behind) this one.
+template <bool kForwards>
+__device__ __forceinline__ Map exclude(Map map, int g) {
+    const float factor = kForwards ? __shfl_up_sync(~0u, map.factor, 4) : __shfl_down_sync(~0u, map.factor, 4);
+    const float offset = kForwards ? __shfl_up_sync(~0u, map.offset, 4) : __shfl_down_sync(~0u, map.offset, 4);
+    return g == (kForwards ? 0 : 7) ? Map{1, 0} : Map{factor, offset};
+}
+
+// state = map(state) for four channels whose factors and offsets are in memory.
+__device__ __forceinline__ void apply(const float* factors, const float* offsets, float (&state)[4]) {
+    float factor[4], offset[4];
+    load_four(factors, 4, true, factor);
+    load_four(offsets, 4, true, offset);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) state[c] = factor[c] * state[c] + offset[c];
+}
+
+// Maps of the rounds, (kind, batch, route, round, states, tiles * kTile): factors, offsets, and those of gradients. The
+// latter two are replaced by the states before each round and the gradients behind it.
+struct Rounds {
+    float* data;
+    int64_t kind;  // floats from one kind to the next
+    int states, rounds, pitch;
+
+    template <class T>
+    Rounds(const View* view, const Problem<T>& problem)
+        : data(view ? static_cast<float*>(view->data) : nullptr), states(problem.states), rounds(problem.rounds),
+          pitch(problem.tiles() * kTile) {
+        kind = int64_t(problem.batch) * kRoutes * rounds * states * pitch;
+    }
+    __device__ __forceinline__ float* at(int kinds, int batch, int route, int round, int n, int channel) const {
+        return data + kinds * kind + (((int64_t(batch) * kRoutes + route) * rounds + round) * states + n) * pitch + channel;
+    }
+};
+
+// Of one state: the decays exp(step A), and the map of this lane's segment for each of its channels.
+template <class T, int kSteps>
+__device__ __forceinline__ void local_maps(const Work<T, kSteps>& work, int n, const float (&step)[kSteps][4],
+                                           const float (&drive)[kSteps][4], const float (&B)[kSteps],
+                                           float (&decay)[kSteps][4], Map (&map)[4]) {
+    float rate[4];
+    work.load_rates(n, rate);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        float h = 0, total = 0;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+            decay[i][c] = power_of_two(step[i][c] * rate[c]);
+            h = decay[i][c] * h + drive[i][c] * B[i];
+            total += step[i][c];
+        }
+        map[c] = {power_of_two(total * rate[c]), h};
+    }
+}
+
+}  // namespace

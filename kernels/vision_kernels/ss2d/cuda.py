@@ -1,0 +1,165 @@
+"""SS2D by the CUDA kernels (csrc/cuda/ss2d.cu and ss2d_backward.cu)."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_kernels.cross_scan import ROUTES
+from vision_kernels.cuda import Library
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TILE = 16  # kTile in csrc/cuda/ss2d.cuh: channels of a block
+_SEGMENTS = 8  # of a route, to each warp
+# What kernels are laid out for: an H100 or H200. Others run them too.
+_PROCESSORS = 132
+_SHARED_BYTES = 225 << 10
+_FORWARD_WARPS, _BACKWARD_WARPS = 16, 12
+
+
+class Plan(NamedTuple):
+    """How a route is cut up: in every round, each warp of a block takes _SEGMENTS segments of `steps` positions."""
+
+    warps: int
+    steps: int
+    rounds: int
+    shared_sums: bool  # outputs of the routes are added up in shared memory
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_warp: int) -> Plan:
+    """Return the plan that keeps most lanes of the GPU busy.
+
+    Args:
+        blocks: Of the whole grid.
+        length: Of a route.
+        max_steps: Of a segment.
+        max_warps: That a multiprocessor can run together.
+        bytes_of_warp: Shared memory that each warp needs, besides that for sums.
+    """
+    best, plan = 0.0, None
+    for shared_sums in (True, False):
+        for warps in range(1, max_warps + 1):
+            rounds = -(-length // (_SEGMENTS * max_steps * warps))
+            steps = -(-length // (_SEGMENTS * warps * rounds))
+            used = warps * bytes_of_warp + shared_sums * length * _TILE * 4
+            together = min(max_warps // warps, _SHARED_BYTES // used, -(-blocks // _PROCESSORS))
+            efficiency = length / (_SEGMENTS * warps * rounds * steps)
+            score = together * warps * efficiency * (steps / (steps + 1))
+            if score > best:
+                best, plan = score, Plan(warps, steps, rounds, shared_sums)
+        if plan is not None:
+            return plan
+    raise AssertionError("a block without sums fits into any shared memory")
+
+
+def why_unable(x: Tensor, out_dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot compute this, or None if they can."""
+    unable = [dtype for dtype in (x.dtype, out_dtype) if dtype not in _DTYPES]
+    return f"computes float32, float16 and bfloat16, not {unable[0]}" if unable else None
+
+
+def ss2d_cuda(library: Library, x, projections, dt_weight, dt_bias, A, D, routes, out_dtype) -> Tensor:
+    """Return y, channels last. Shapes as in `vision_kernels.ss2d.unfused`."""
+    batch, dim, height, width = x.shape
+    y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.channels_last)
+    if x.numel() == 0:
+        return y
+    arguments = _arguments(x, projections, dt_weight, dt_bias, A, D, routes)
+    tiles, states, length = -(-dim // _TILE), A.shape[1], height * width
+    steps = 8 if states == 1 else 4  # kForwardSteps in csrc/cuda/ss2d.cu
+    plan = plan_of(batch * tiles, length, steps, _FORWARD_WARPS, 4 * _TILE * (4 + 2 * states))
+    maps = sums = None
+    if plan.rounds > 1 and 2 * batch * tiles <= _PROCESSORS:
+        plan = plan._replace(shared_sums=False)
+        maps = x.new_empty(2 * batch * 4, plan.rounds, states, tiles * _TILE, dtype=torch.float32)
+        library.call("ss2d_maps", *arguments, *plan[:3], None, maps)
+    if not plan.shared_sums:
+        sums = x.new_empty(batch, length, tiles * _TILE, dtype=torch.float32)
+    library.call("ss2d_forward", *arguments, *plan[:3], sums, maps, _pixels(y))
+    return y
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """Return (batch, length, dim), whose channels are adjacent: a view of the image if it is channels last."""
+    pixels = image.permute(0, 2, 3, 1)
+    if image.stride(1) != 1 or image.stride(2) != image.shape[3] * image.stride(3):
+        pixels = pixels.contiguous()
+    return pixels.flatten(1, 2)
+
+
+def _arguments(x, projections, dt_weight, dt_bias, A, D, routes) -> list[Tensor | int]:
+    dtype = x.dtype if x.dtype == projections.dtype else torch.float32
+    maps = _pixels(x.detach()).to(dtype), projections.detach().to(dtype).contiguous()
+    parameters = [each.detach().float().contiguous() for each in (dt_weight, dt_bias, A, D)]
+    return [*maps, *parameters, *(route.step(x.shape[3]) for route in ROUTES[routes])]
+
+
+class _Shares(NamedTuple):
+    """Blocks of the backward pass: each of `parts` takes some tiles of channels, each of `groups` some images."""
+
+    parts: int
+    groups: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _shares_of(batch: int, tiles: int, plan: Plan, bytes_of_part: int, bytes_of_group: int) -> _Shares:
+    """Return the shares that need least memory for partial sums among those that keep most of the GPU busy."""
+    slots = _PROCESSORS * (_BACKWARD_WARPS // plan.warps)
+
+    def busy(shares: _Shares) -> float:
+        waves = -(-shares.parts * shares.groups // slots)
+        tasks = waves * -(-tiles // shares.parts) * -(-batch // shares.groups)
+        return batch * tiles / (tasks * slots)
+
+    images = [count for count in (1, 2, 4, 8, 16) if count <= batch]
+    choices = [_Shares(parts, -(-batch // each)) for parts in range(1, tiles + 1) for each in images]
+    enough = 0.85 * max(map(busy, choices))
+    return min(
+        (each for each in choices if busy(each) >= enough),
+        key=lambda each: each.parts * bytes_of_part + each.groups * bytes_of_group,
+    )
+
+
+def ss2d_cuda_backward(
+    library: Library, grad_y, x, projections, dt_weight, dt_bias, A, D, routes
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the six tensors from x to D."""
+    inputs = (x, projections, dt_weight, dt_bias, A, D)
+    if x.numel() == 0:
+        return tuple(torch.zeros_like(each) for each in inputs)
+    (batch, dim, height, width), (_, _, rank), states = x.shape, dt_weight.shape, A.shape[1]
+    arguments = _arguments(*inputs, routes)
+    tiles, length, rows = -(-dim // _TILE), height * width, rank + states + 2
+    plan = plan_of(batch * tiles, length, 4, _BACKWARD_WARPS, 4 * _TILE * (6 + rows))
+    split = plan.rounds > 1 and 2 * batch * tiles <= _PROCESSORS
+    if split:
+        plan, shares, sets = plan._replace(shared_sums=False), _Shares(tiles, batch), batch * plan.rounds
+    else:
+        shares = _shares_of(batch, tiles, plan, 4 * projections.numel(), 4 * 4 * rows * tiles * _TILE)
+        sets = shares.groups
+    grad_y = _pixels(grad_y)
+    new = functools.partial(x.new_empty, dtype=torch.float32)
+    maps = sums = None
+    if plan.rounds > 1:
+        maps = new(3 * batch * 4, plan.rounds, states, tiles * _TILE)
+        library.call("ss2d_maps", *arguments, *plan[:3], grad_y, maps)
+    if not plan.shared_sums:
+        sums = new(batch, length, tiles * _TILE)
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    of_projections = new(shares.parts, *projections.shape)
+    of_parameters = new(sets, 4, rows, tiles * _TILE)
+    gradients = (_pixels(grad_x), of_projections, of_parameters)
+    library.call("ss2d_backward", *arguments, *plan[:3], *shares, int(split), grad_y, sums, maps, *gradients)
+
+    grad_weight, grad_bias, grad_A, grad_D = of_parameters.sum(0)[..., :dim].split([rank, 1, states, 1], dim=1)
+    grad_projections = of_projections.sum(0) if shares.parts > 1 else of_projections[0]
+    return (
+        grad_x,
+        grad_projections.to(projections.dtype),
+        grad_weight.transpose(1, 2).to(dt_weight.dtype),
+        grad_bias.squeeze(1).to(dt_bias.dtype),
+        grad_A.transpose(1, 2).flatten(0, 1).to(A.dtype),
+        grad_D[0, 0].repeat(4).to(D.dtype),
+    )
