@@ -22,7 +22,7 @@ class Library:
     def _functions(self) -> ctypes.CDLL:
         return ctypes.CDLL(str(self.path))
 
-    @functools.cache  # noqa: B019: there is one library, or two under test
+    @functools.cache  # noqa: B019 - there is one library, or two under test
     def _function(self, kernel: str) -> ctypes._CFuncPtr:
         function = getattr(self._functions, kernel)
         function.restype = ctypes.c_char_p

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from hypothesis import strategies
 from torch.utils.flop_counter import FlopCounterMode
 
+import emulation
 from conformance import backends, computing_float32, force, poison_unwritten_memory, relative_rms
 from parity import DATA, values
 from vision_kernels import cross_merge, cross_scan, selective_scan, ss2d
 from vision_kernels.backends import BACKEND_VARIABLE
+from vision_kernels.ss2d import cuda
 from vision_kernels.ss2d.op import OPERATOR
 
 ROUTES = ("cross", "unidirectional", "bidirectional")
@@ -306,7 +308,7 @@ def test_number_of_threads_does_not_change_a_bit(backend, shape):
     finally:
         torch.set_num_threads(threads)
     for first, *others in zip(*results, strict=True):
-        if backend in FLOAT32_ONLY:  # torch's matrix products promise no such thing
+        if backend in computing_float32(OPERATOR):  # torch's matrix products promise no such thing
             assert all(torch.equal(first, other) for other in others)
 
 
@@ -350,6 +352,21 @@ def test_images_do_not_mix_and_may_be_transposed(backend, seed, order_of_images,
     # The rows of an image are the columns of its transpose: routes 0 and 2 change places with 1 and 3.
     swapped = [each.unflatten(0, (4, -1))[[1, 0, 3, 2]].reshape(each.shape) for each in parameters]
     torch.testing.assert_close(ss2d(x.transpose(2, 3), *swapped), y.transpose(2, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["a block for a route", "a block for a round"])
+@pytest.mark.parametrize("shared_sums", [True, False], ids=["sums in shared memory", "sums elsewhere"])
+def test_cuda_kernels_may_cut_routes_up(monkeypatch, shared_sums, split):
+    """Small images are computed in one round; these are cut up as large ones would be."""
+    if emulation.BACKEND not in backends(OPERATOR):
+        pytest.skip("no compiler for the emulator")
+    arguments = inputs(2, 21, 5, 9, 3, 2, dtype=torch.float16)
+    expected = with_gradients([each.double() for each in arguments], 1.0, function=ss2d)
+    monkeypatch.setattr(cuda, "plan_of", lambda *shape: cuda.Plan(2, 2, 2, shared_sums))
+    monkeypatch.setattr(cuda, "_PROCESSORS", 132 if split else 1)
+    monkeypatch.setenv(BACKEND_VARIABLE, f"ss2d={emulation.BACKEND}")
+    for name, ours, truth in zip(("y", *TENSORS), with_gradients(arguments, 1.0), expected, strict=True):
+        assert relative_rms(ours, truth) < 2e-3, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int kForwardSteps = 8;  // registers are enough for 8 positions of one state, or 4 of several
-constexpr int kForwardThreads = 512;
+constexpr int kForwardThreads = 448;
 
 // Where the outputs of routes are added up.
 struct Sums {
@@ -41,10 +41,10 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
     }
 #pragma unroll 1
     for (int n = 0; n < states; ++n, ++turn) {
-        float B[kSteps], C[kSteps], decay[kSteps][4];
+        float C[kSteps], input[kSteps][4], decay[kSteps][4];
         Map map[4];
-        work.load_column(work.problem.rank + n, B);
-        local_maps(work, n, step, drive, B, decay, map);
+        work.inputs(n, drive, input);
+        local_maps(work, n, step, input, decay, map);
         float* const published = shared + turn % 2 * warps * 2 * kTile + 4 * lane.q;  // (warps, 2, kTile)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
             float h = map[c].factor * state[c] + map[c].offset;
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
-                h = decay[i][c] * h + drive[i][c] * B[i];
+                h = decay[i][c] * h + input[i][c];
                 y[i][c] += h * C[i];
             }
             state[c] = h;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kForwardThreads)
             for (int i = 0; i < kSteps; ++i) {
                 if (i >= work.segment.count) break;
                 float before[4];
-                float* const sum = total + int64_t(work.segment.position[i]) * sums.pitch;
+                float* const sum = total + work.segment.position[i] * sums.pitch;
                 if (route == 0) {
                     work.load_x(i, before);
 #pragma unroll
@@ -152,11 +152,11 @@ __global__ void __launch_bounds__(kForwardThreads) summarize(const __grid_consta
     }
 #pragma unroll 1
     for (int n = 0; n < problem.states; ++n) {
-        float B[kSteps], C[kSteps], decay[kSteps][4];
+        float C[kSteps], input[kSteps][4], decay[kSteps][4];
         Map map[4];
-        work.load_column(problem.rank + n, B);
+        work.inputs(n, drive, input);
         if (kGradients) work.load_column(problem.rank + problem.states + n, C);
-        local_maps(work, n, step, drive, B, decay, map);
+        local_maps(work, n, step, input, decay, map);
         float* const published = shared + n % 2 * warps * 3 * kTile + 4 * lane.q;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {

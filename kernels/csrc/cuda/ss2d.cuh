@@ -31,7 +31,8 @@ struct Problem {
     const float* dt_bias;    // (route, dim)
     const float* A;          // (route dim, states)
     const float* D;          // (route dim)
-    int64_t x_by_batch, x_by_position;
+    int64_t x_by_batch;
+    int x_by_position;
     int batch, length, dim, rank, states;
     int step[kRoutes];  // raster distance to the next position
     int steps, rounds;  // positions of a segment; passes of a block of `warps` to the end of a route
@@ -47,7 +48,7 @@ struct Problem {
         : x(static_cast<const T*>(x->data)), projections(static_cast<const T*>(projections->data)),
           dt_weight(static_cast<const float*>(dt_weight->data)), dt_bias(static_cast<const float*>(dt_bias->data)),
           A(static_cast<const float*>(A->data)), D(static_cast<const float*>(D->data)), x_by_batch(x->stride[0]),
-          x_by_position(x->stride[1]), batch(int(x->size[0])), length(int(x->size[1])), dim(int(x->size[2])),
+          x_by_position(int(x->stride[1])), batch(int(x->size[0])), length(int(x->size[1])), dim(int(x->size[2])),
           rank(int(dt_weight->size[2])), states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)),
           aligned(reinterpret_cast<uintptr_t>(x->data) % (4 * sizeof(T)) == 0 && x_by_batch % 4 == 0 &&
                   x_by_position % 4 == 0),
@@ -131,11 +132,12 @@ __device__ __forceinline__ void store_four(T* target, int count, bool aligned, c
 // Images (batch, length, dim) with adjacent channels, whose type matters only where they are read or written.
 struct Image {
     void* data;
-    int64_t dtype, by_batch, by_position;
+    int64_t by_batch;
+    int dtype, by_position;
     bool aligned;
 
     explicit Image(const View* view)
-        : data(view->data), dtype(view->dtype), by_batch(view->stride[0]), by_position(view->stride[1]),
+        : data(view->data), by_batch(view->stride[0]), dtype(int(view->dtype)), by_position(int(view->stride[1])),
           aligned(reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && by_batch % 4 == 0 && by_position % 4 == 0) {}
 
     template <class Body>
@@ -191,18 +193,27 @@ struct Work {
           segment((round * int(blockDim.x / 4) + lane.warp * 8 + lane.g) * problem.steps, problem.steps,
                   problem.step[route], problem.length) {}
 
+    // Offsets inside of an image have 32 bits, which saves registers.
     __device__ __forceinline__ const T* projections(int position) const {
-        const int64_t row = (int64_t(batch) * problem.length + position) * kRoutes + route;
-        return problem.projections + row * problem.columns();
+        const T* image = problem.projections + (int64_t(batch) * problem.length * kRoutes + route) * problem.columns();
+        return image + position * (kRoutes * problem.columns());
     }
     __device__ __forceinline__ void load_x(int i, float (&x)[4]) const {
-        load_four(problem.x + batch * problem.x_by_batch + segment.position[i] * problem.x_by_position + channel, count,
-                  problem.aligned, x);
+        const T* image = problem.x + batch * problem.x_by_batch + channel;
+        load_four(image + segment.position[i] * problem.x_by_position, count, problem.aligned, x);
     }
     // Column `column` of the projections at each position.
     __device__ __forceinline__ void load_column(int column, float (&target)[kSteps]) const {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) target[i] = to_float(projections(segment.position[i])[column]);
+    }
+    __device__ __forceinline__ void inputs(int n, const float (&drive)[kSteps][4], float (&input)[kSteps][4]) const {
+        float B[kSteps];
+        load_column(problem.rank + n, B);
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) input[i][c] = drive[i][c] * B[i];
     }
     // A log2(e) of one state, so that exp(step A) is a power of two.
     __device__ __forceinline__ void load_rates(int n, float (&rate)[4]) const {
@@ -333,11 +344,10 @@ struct Rounds {
     }
 };
 
-// Of one state: the decays exp(step A), and the map of this lane's segment for each of its channels.
+// Of one state with inputs step x B: the decays exp(step A), and the map of this lane's segment for each channel.
 template <class T, int kSteps>
 __device__ __forceinline__ void local_maps(const Work<T, kSteps>& work, int n, const float (&step)[kSteps][4],
-                                           const float (&drive)[kSteps][4], const float (&B)[kSteps],
-                                           float (&decay)[kSteps][4], Map (&map)[4]) {
+                                           const float (&input)[kSteps][4], float (&decay)[kSteps][4], Map (&map)[4]) {
     float rate[4];
     work.load_rates(n, rate);
 #pragma unroll
@@ -346,7 +356,7 @@ __device__ __forceinline__ void local_maps(const Work<T, kSteps>& work, int n, c
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             decay[i][c] = power_of_two(step[i][c] * rate[c]);
-            h = decay[i][c] * h + drive[i][c] * B[i];
+            h = decay[i][c] * h + input[i][c];
             total += step[i][c];
         }
         map[c] = {power_of_two(total * rate[c]), h};

@@ -68,18 +68,16 @@ struct Round {
     }
 
     __device__ __forceinline__ float* projections_at(int position) const {
-        return projected + int64_t(position) * kRoutes * work.problem.columns();
+        return projected + position * (kRoutes * work.problem.columns());
     }
     // Adds the sums over all channels of the tile, of all positions of the segment.
     __device__ __forceinline__ void add_to_column(int column, const float (&value)[kSteps]) const {
         static_assert(kSteps == 4);
         const float sum = sum_of_own(value, work.lane.q, 1);
-        int position = work.segment.position[0];
-#pragma unroll
-        for (int i = 1; i < kSteps; ++i)
-            if (work.lane.q == i) position = work.segment.position[i];
+        const int(&at)[kSteps] = work.segment.position, even = at[0], odd = at[1], high_even = at[2], high_odd = at[3];
+        const int q = work.lane.q, position = q < 2 ? (q == 0 ? even : odd) : (q == 2 ? high_even : high_odd);
         float* const target = projections_at(position) + column;
-        if (work.lane.q < work.segment.count) *target = first ? sum : *target + sum;
+        if (q < work.segment.count) *target = first ? sum : *target + sum;
     }
 
     // `behind` is the gradient of the state behind the round, times its decay; `published` of this state has the maps of
@@ -87,15 +85,18 @@ struct Round {
     __device__ __forceinline__ void recur(int n, const float* before, const float* behind, float* published) {
         const Lane lane = work.lane;
         const int states = work.problem.states, rank = work.problem.rank, warps = blockDim.x / 32;
-        float B[kSteps], C[kSteps], decay[kSteps][4], drive[kSteps][4];
+        float B[kSteps], C[kSteps], decay[kSteps][4], drive[kSteps][4], input[kSteps][4];
         Map forth[4], back[4];
         work.load_column(rank + n, B);
         work.load_column(rank + states + n, C);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) drive[i][c] = step[i][c] * x[i][c];
-        local_maps(work, n, step, drive, B, decay, forth);
+            for (int c = 0; c < 4; ++c) {
+                drive[i][c] = step[i][c] * x[i][c];
+                input[i][c] = drive[i][c] * B[i];
+            }
+        local_maps(work, n, step, input, decay, forth);
         published += 4 * lane.q;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -128,7 +129,7 @@ struct Round {
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
                 previous[i] = h;
-                h = decay[i][c] * h + drive[i][c] * B[i];
+                h = decay[i][c] * h + input[i][c];
                 sum_C[i] += grad_y[i][c] * h;
             }
             float next = back[c].factor * gradient[c] + back[c].offset;
@@ -161,12 +162,12 @@ struct Round {
             if (i >= work.segment.count) break;
             const int position = work.segment.position[i];
             float sum[4];
-            if (work.route > 0) load_four(total + int64_t(position) * pitch, 4, true, sum);
+            if (work.route > 0) load_four(total + position * pitch, 4, true, sum);
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 sum[c] = (work.route > 0 ? sum[c] : skip[c] * grad_y[i][c]) + step[i][c] * grad_drive[i][c];
             if (work.route < kRoutes - 1)
-                store_four(total + int64_t(position) * pitch, 4, true, sum);
+                store_four(total + position * pitch, 4, true, sum);
             else
                 gradients.x.store(work.batch, position, work.channel, work.count, sum);
         }

@@ -9,9 +9,12 @@ from torch import Tensor
 from vision_kernels.arguments import check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cross_scan.cpu import cross_merge_cpu, cross_scan_cpu, why_unable
+from vision_kernels.cross_scan.cuda import cross_merge_cuda, cross_scan_cuda
+from vision_kernels.cross_scan.cuda import why_unable as why_unable_on_cuda
 from vision_kernels.cross_scan.reference import cross_merge_reference, cross_scan_reference
 from vision_kernels.cross_scan.routes import check_routes
 from vision_kernels.cross_scan.torch_routes import cross_merge_torch, cross_scan_torch
+from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.registration import define
 from vision_kernels.triton_support import compiled_by_triton, why_not_of_16_or_32_bits
 
@@ -20,6 +23,7 @@ _TRITON = "vision_kernels.cross_scan.triton_routes"
 SCAN = Operator(
     "cross_scan",
     (
+        compiled_for_cuda(cross_scan_cuda, None, why_unable_on_cuda),
         *compiled_for_cpu(cross_scan_cpu, None, why_unable),
         compiled_by_triton(_TRITON, "cross_scan_triton", None, why_not_of_16_or_32_bits),
         Implementation("torch", cross_scan_torch, None, "PyTorch's transposition and flip"),
@@ -29,6 +33,7 @@ SCAN = Operator(
 MERGE = Operator(
     "cross_merge",
     (
+        compiled_for_cuda(cross_merge_cuda, None, why_unable_on_cuda),
         *compiled_for_cpu(cross_merge_cpu, None, why_unable),
         compiled_by_triton(_TRITON, "cross_merge_triton", None, why_not_of_16_or_32_bits),
         Implementation("torch", cross_merge_torch, None, "PyTorch's transposition and flip"),

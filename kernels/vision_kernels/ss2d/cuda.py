@@ -15,7 +15,7 @@ _SEGMENTS = 8  # of a route, to each warp
 # What kernels are laid out for: an H100 or H200. Others run them too.
 _PROCESSORS = 132
 _SHARED_BYTES = 225 << 10
-_FORWARD_WARPS, _BACKWARD_WARPS = 16, 12
+_FORWARD_WARPS, _BACKWARD_WARPS = 14, 12
 
 
 class Plan(NamedTuple):
@@ -28,7 +28,9 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_warp: int) -> Plan:
+def plan_of(
+    blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_warp: int, worth_of_rounds: float
+) -> Plan:
     """Return the plan that keeps most lanes of the GPU busy.
 
     Args:
@@ -37,6 +39,7 @@ def plan_of(blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_w
         max_steps: Of a segment.
         max_warps: That a multiprocessor can run together.
         bytes_of_warp: Shared memory that each warp needs, besides that for sums.
+        worth_of_rounds: Of a plan with several rounds, compared with one as busy that has a single round.
     """
     best, plan = 0.0, None
     for shared_sums in (True, False):
@@ -46,7 +49,7 @@ def plan_of(blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_w
             used = warps * bytes_of_warp + shared_sums * length * _TILE * 4
             together = min(max_warps // warps, _SHARED_BYTES // used, -(-blocks // _PROCESSORS))
             efficiency = length / (_SEGMENTS * warps * rounds * steps)
-            score = together * warps * efficiency * (steps / (steps + 1))
+            score = together * warps * efficiency * (steps / (steps + 1)) * (1 if rounds == 1 else worth_of_rounds)
             if score > best:
                 best, plan = score, Plan(warps, steps, rounds, shared_sums)
         if plan is not None:
@@ -69,7 +72,7 @@ def ss2d_cuda(library: Library, x, projections, dt_weight, dt_bias, A, D, routes
     arguments = _arguments(x, projections, dt_weight, dt_bias, A, D, routes)
     tiles, states, length = -(-dim // _TILE), A.shape[1], height * width
     steps = 8 if states == 1 else 4  # kForwardSteps in csrc/cuda/ss2d.cu
-    plan = plan_of(batch * tiles, length, steps, _FORWARD_WARPS, 4 * _TILE * (4 + 2 * states))
+    plan = plan_of(batch * tiles, length, steps, _FORWARD_WARPS, 4 * _TILE * (4 + 2 * states), 1)
     maps = sums = None
     if plan.rounds > 1 and 2 * batch * tiles <= _PROCESSORS:
         plan = plan._replace(shared_sums=False)
@@ -132,7 +135,7 @@ def ss2d_cuda_backward(
     (batch, dim, height, width), (_, _, rank), states = x.shape, dt_weight.shape, A.shape[1]
     arguments = _arguments(*inputs, routes)
     tiles, length, rows = -(-dim // _TILE), height * width, rank + states + 2
-    plan = plan_of(batch * tiles, length, 4, _BACKWARD_WARPS, 4 * _TILE * (6 + rows))
+    plan = plan_of(batch * tiles, length, 4, _BACKWARD_WARPS, 4 * _TILE * (6 + rows), 0.8)
     split = plan.rounds > 1 and 2 * batch * tiles <= _PROCESSORS
     if split:
         plan, shares, sets = plan._replace(shared_sums=False), _Shares(tiles, batch), batch * plan.rounds
