@@ -86,15 +86,45 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
 #endif
 }
 
-// C += A B of operands in parts; the products of parts that are too small for kParts of precision are left out.
-template <int kPartsOfA, int kParts>
+// C += A B of operands in parts. Products of parts that are smaller than kPrecision of them are left out.
+template <int kPrecision, int kPartsOfA, int kPartsOfB>
 __device__ __forceinline__ void multiply(float& c0, float& c1, float& c2, float& c3, const Split<kPartsOfA> (&a)[4],
-                                         const Split<kParts> (&b)[2]) {
+                                         const Split<kPartsOfB> (&b)[2]) {
 #pragma unroll
     for (int i = kPartsOfA - 1; i >= 0; --i)
 #pragma unroll
-        for (int j = kParts - 1 - i; j >= 0; --j)
-            multiply(c0, c1, c2, c3, a[0].part[i], a[1].part[i], a[2].part[i], a[3].part[i], b[0].part[j], b[1].part[j]);
+        for (int j = kPartsOfB - 1; j >= 0; --j)
+            if (i + j < kPrecision)
+                multiply(c0, c1, c2, c3, a[0].part[i], a[1].part[i], a[2].part[i], a[3].part[i], b[0].part[j],
+                         b[1].part[j]);
+}
+
+template <int kParts>
+__device__ __forceinline__ Split<kParts> transposed(const Split<kParts>& pair) {
+    Split<kParts> result;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) result.part[i] = transposed(pair.part[i]);
+    return result;
+}
+
+// Two adjacent elements as a sum of numbers of bfloat16.
+template <class T>
+constexpr int kPartsOf = sizeof(T) == 4 ? 3 : 2;
+template <>
+constexpr int kPartsOf<__nv_bfloat16> = 1;
+
+// `count` of them; zeros instead of the others. They are loaded at once if they are aligned.
+template <class T>
+__device__ __forceinline__ Split<kPartsOf<T>> load_pair(const T* source, int count, bool aligned) {
+    if constexpr (kPartsOf<T> == 1) {
+        Split<1> pair;
+        pair.part[0] = 0;
+        if (aligned) {
+            if (count > 0) pair.part[0] = *reinterpret_cast<const unsigned*>(source);
+            return pair;
+        }
+    }
+    return {count > 0 ? to_float(source[0]) : 0.0f, count > 1 ? to_float(source[1]) : 0.0f};
 }
 
 }  // namespace

@@ -5,23 +5,18 @@
 // cores. A segment maps the state before it to that behind it, h -> factor h + offset. Lanes compose these maps by
 // shuffles and warps through shared memory: a block passes through a route in rounds of 8 segments a warp.
 #pragma once
+#include "functions.h"
 #include "mma.cuh"
 
 namespace {
 
 constexpr int kRoutes = 4;
 constexpr int kTile = 16;  // channels of a warp
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-// How many numbers of bfloat16 stand for one of the low-rank step sizes, for a gradient, and for a weight.
+// How many numbers of bfloat16 stand for a weight and for a gradient.
+constexpr int kWeightParts = 3;
 template <class T>
-struct Precision {
-    static constexpr int kLow = sizeof(T) == 4 ? 3 : 2, kGradient = kLow, kWeight = 3;
-};
-template <>
-struct Precision<__nv_bfloat16> {
-    static constexpr int kLow = 1, kGradient = 2, kWeight = 3;
-};
+constexpr int kGradientParts = sizeof(T) == 4 ? 3 : 2;
 
 template <class T>
 struct Problem {
@@ -65,37 +60,11 @@ struct Lane {
     __device__ Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), q(threadIdx.x % 4) {}
 };
 
-__device__ __forceinline__ float power_of_two(float x) {
-#if defined(__CUDA_ARCH__)
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-#else
-    return exp2f(x);
-#endif
-}
-__device__ __forceinline__ float logarithm_of_two(float x) {
-#if defined(__CUDA_ARCH__)
-    float result;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-#else
-    return log2f(x);
-#endif
-}
-
-// The hardware's logarithm has an absolute error: near 1 a series takes its place.
-__device__ __forceinline__ float softplus(float x) {
-    const float e = power_of_two(-fabsf(x) * kLog2E);
-    const float series = e * (1 + e * (-1.0f / 2 + e * (1.0f / 3 + e * (-1.0f / 4 + e * (1.0f / 5)))));
-    return fmaxf(x, 0) + (e < 1.0f / 16 ? series : kLn2 * logarithm_of_two(1 + e));
-}
-
 // The derivative of softplus where softplus is x: 1 - exp(-x), exact in relative terms for small x too.
 __device__ __forceinline__ float softplus_slope(float x) {
     const float series =
         x * (1 - x * (1.0f / 2 - x * (1.0f / 6 - x * (1.0f / 24 - x * (1.0f / 120 - x * (1.0f / 720))))));
-    return x < 0.25f ? series : 1 - power_of_two(-x * kLog2E);
+    return x < 0.25f ? series : 1 - exp2_fast(-x * kLog2E);
 }
 
 template <class T>
@@ -224,21 +193,12 @@ struct Work {
         }
     }
 
-    // Columns first, first + 1 of the low-rank step sizes at a position, in parts; zeros beyond the rank.
-    __device__ __forceinline__ Split<Precision<T>::kLow> low_pair(int i, int first) const {
-        const T* row = projections(segment.position[i]) + first;
-        if constexpr (sizeof(T) == 2 && Precision<T>::kLow == 1) {
-            Split<1> pair;
-            pair.part[0] = 0;
-            if (problem.even) {
-                if (first < problem.rank) pair.part[0] = *reinterpret_cast<const unsigned*>(row);
-                return pair;
-            }
-        }
-        return {first < problem.rank ? to_float(row[0]) : 0.0f, first + 1 < problem.rank ? to_float(row[1]) : 0.0f};
+    // Columns first, first + 1 of the low-rank step sizes at a position; zeros beyond the rank.
+    __device__ __forceinline__ Split<kPartsOf<T>> low_pair(int i, int first) const {
+        return load_pair(projections(segment.position[i]) + first, problem.rank - first, problem.even);
     }
     // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks.
-    __device__ __forceinline__ void load_low(int i, int rank, Split<Precision<T>::kLow> (&low)[4]) const {
+    __device__ __forceinline__ void load_low(int i, int rank, Split<kPartsOf<T>> (&low)[4]) const {
 #pragma unroll
         for (int k = 0; k < 4; ++k) low[k] = low_pair(2 * i + k % 2, rank + 2 * lane.q + k / 2 * 8);
     }
@@ -251,7 +211,6 @@ struct Work {
 
     // softplus(dt_weight low + dt_bias); zero behind the end, which leaves states as they are.
     __device__ __forceinline__ void step_sizes(float (&step)[kSteps][4]) const {
-        constexpr int kLow = Precision<T>::kLow, kParts = Precision<T>::kWeight;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             const float bias = c < count ? problem.dt_bias[int64_t(route) * problem.dim + channel + c] : 0.0f;
@@ -260,21 +219,21 @@ struct Work {
         }
 #pragma unroll 1
         for (int rank = 0; rank < problem.rank; rank += 16) {
-            Split<kParts> weights[2][2];  // columns g of two products are channels 4 (g / 2) + g % 2, and these + 2
+            Split<kWeightParts> weights[2][2];  // columns g of two products are channels 4 (g / 2) + g % 2, and these + 2
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int column = lane.g / 2 * 4 + lane.g % 2 + k / 2 * 2, row = rank + 2 * lane.q + k % 2 * 8;
-                weights[k / 2][k % 2] = Split<kParts>(weight(column, row), weight(column, row + 1));
+                weights[k / 2][k % 2] = Split<kWeightParts>(weight(column, row), weight(column, row + 1));
             }
 #pragma unroll
             for (int i = 0; i < kSteps / 2; ++i) {
                 if (2 * i >= problem.steps) break;
-                Split<kLow> low[4];
+                Split<kPartsOf<T>> low[4];
                 load_low(i, rank, low);
 #pragma unroll
                 for (int k = 0; k < 2; ++k)
-                    multiply(step[2 * i][2 * k], step[2 * i][2 * k + 1], step[2 * i + 1][2 * k], step[2 * i + 1][2 * k + 1],
-                             low, weights[k]);
+                    multiply<kWeightParts>(step[2 * i][2 * k], step[2 * i][2 * k + 1], step[2 * i + 1][2 * k],
+                                           step[2 * i + 1][2 * k + 1], low, weights[k]);
             }
         }
 #pragma unroll
@@ -355,11 +314,11 @@ __device__ __forceinline__ void local_maps(const Work<T, kSteps>& work, int n, c
         float h = 0, total = 0;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-            decay[i][c] = power_of_two(step[i][c] * rate[c]);
+            decay[i][c] = exp2_fast(step[i][c] * rate[c]);
             h = decay[i][c] * h + input[i][c];
             total += step[i][c];
         }
-        map[c] = {power_of_two(total * rate[c]), h};
+        map[c] = {exp2_fast(total * rate[c]), h};
     }
 }
 

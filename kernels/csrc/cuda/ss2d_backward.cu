@@ -36,7 +36,7 @@ __device__ __forceinline__ float sum_of_own(const float (&value)[4], int index, 
 // One round of a route, for one lane.
 template <class T>
 struct Round {
-    using Parts = Split<Precision<T>::kGradient>;
+    using Parts = Split<kGradientParts<T>>;
     const Work<T, kSteps>& work;
     const Gradients& gradients;
     float* row_sums;   // (rows, kTile) of this warp
@@ -207,7 +207,7 @@ struct Round {
 #pragma unroll
             for (int i = 0; i < kSteps / 2; ++i) {
                 float low[4] = {};
-                multiply(low[0], low[1], low[2], low[3], pairs[i], weights);
+                multiply<kGradientParts<T>>(low[0], low[1], low[2], low[3], pairs[i], weights);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     float* const target = projections_at(work.segment.position[2 * i + k / 2]) + column + k % 2;
@@ -225,27 +225,21 @@ struct Round {
 #pragma unroll
         for (int i = 0; i < kSteps / 2; ++i)
 #pragma unroll
-            for (int k = 0; k < 4; ++k)
-#pragma unroll
-                for (int part = 0; part < Precision<T>::kGradient; ++part)
-                    rows[i][k].part[part] = transposed(pairs[i][k / 2 * 2 + k % 2].part[part]);
+            for (int k = 0; k < 4; ++k) rows[i][k] = transposed(pairs[i][k]);
 #pragma unroll 1
         for (int rank = 0; rank < problem.rank; rank += 16) {
             float sum[2][4] = {};
 #pragma unroll
             for (int i = 0; i < kSteps / 2; ++i) {
                 if (2 * i >= problem.steps) break;
-                Split<Precision<T>::kLow> low[4], columns[4];
+                Split<kPartsOf<T>> low[4], columns[4];
                 work.load_low(i, rank, low);
 #pragma unroll
-                for (int k = 0; k < 4; ++k)
-#pragma unroll
-                    for (int part = 0; part < Precision<T>::kLow; ++part)
-                        columns[k].part[part] = transposed(low[k % 2 * 2 + k / 2].part[part]);
+                for (int k = 0; k < 4; ++k) columns[k] = transposed(low[k % 2 * 2 + k / 2]);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const Parts grads[2] = {rows[i][2 * half], rows[i][2 * half + 1]};
-                    multiply(sum[half][0], sum[half][1], sum[half][2], sum[half][3], columns, grads);
+                    multiply<kGradientParts<T>>(sum[half][0], sum[half][1], sum[half][2], sum[half][3], columns, grads);
                 }
             }
 #pragma unroll

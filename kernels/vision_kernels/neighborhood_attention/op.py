@@ -6,10 +6,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
+from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.native import why_not_float32
 from vision_kernels.neighborhood_attention.cpu import (
     neighborhood_attention_cpu,
     neighborhood_attention_cpu_backward,
+)
+from vision_kernels.neighborhood_attention.cuda import (
+    neighborhood_attention_cuda,
+    neighborhood_attention_cuda_backward,
+    why_unable,
 )
 from vision_kernels.neighborhood_attention.reference import (
     neighborhood_attention_reference,
@@ -25,6 +31,7 @@ from vision_kernels.triton_support import compiled_by_triton
 OPERATOR = Operator(
     "neighborhood_attention",
     (
+        compiled_for_cuda(neighborhood_attention_cuda, neighborhood_attention_cuda_backward, why_unable),
         *compiled_for_cpu(neighborhood_attention_cpu, neighborhood_attention_cpu_backward, why_not_float32),
         compiled_by_triton(
             "vision_kernels.neighborhood_attention.triton_attention",
