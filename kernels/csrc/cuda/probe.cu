@@ -1,0 +1,12 @@
+// Whether this library has code for the GPU at hand.
+#include "launch.h"
+
+namespace {
+__global__ void nothing() {}
+}  // namespace
+
+VK_ENTRY(vision_kernels_probe)(void*, const View*) {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
