@@ -59,6 +59,15 @@ def _differentiable_oracle(x, weight):
     return F.silu(sum(padded[:, k : k + x.shape[1]] * weight[:, k] for k in range(weight.shape[1])))
 
 
+@pytest.mark.parametrize("taps", [3, 5])
+def test_agrees_with_the_oracle_where_work_is_split(backend, taps):
+    """More channels and steps than a block of threads takes, and more taps than have a kernel of their own."""
+    arguments = inputs(2, 150, 140, taps)
+    exact = [each.detach().double().requires_grad_() for each in arguments]
+    found, expected = with_gradients(conv1d_silu, arguments), with_gradients(_differentiable_oracle, exact)
+    assert all(relative_rms(ours, truth) <= 1e-5 for ours, truth in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("taps", [1, 2, 3, 4])
 @pytest.mark.parametrize("float64_backend", backends(OPERATOR, float64=True))
 def test_gradients_are_right(float64_backend, taps, monkeypatch):

@@ -9,8 +9,10 @@ from torch.utils.flop_counter import register_flop_formula
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.conv1d_silu.cpu import conv1d_silu_cpu, conv1d_silu_cpu_backward
+from vision_kernels.conv1d_silu.cuda import conv1d_silu_cuda, conv1d_silu_cuda_backward
 from vision_kernels.conv1d_silu.reference import conv1d_silu_reference, conv1d_silu_reference_backward
 from vision_kernels.conv1d_silu.torch_conv import conv1d_silu_torch, conv1d_silu_torch_backward
+from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.native import why_not_float32
 from vision_kernels.registration import register
 from vision_kernels.triton_support import compiled_by_triton
@@ -18,6 +20,7 @@ from vision_kernels.triton_support import compiled_by_triton
 OPERATOR = Operator(
     "conv1d_silu",
     (
+        compiled_for_cuda(conv1d_silu_cuda, conv1d_silu_cuda_backward, why_not_float32),
         *compiled_for_cpu(conv1d_silu_cpu, conv1d_silu_cpu_backward, why_not_float32),
         compiled_by_triton(
             "vision_kernels.conv1d_silu.triton_conv", "conv1d_silu_triton", "conv1d_silu_triton_backward"
