@@ -10,10 +10,10 @@ import torch
 from hypothesis import strategies
 
 from conformance import backends, computing_float32, force, poison_unwritten_memory, relative_rms
+from emulation import BACKEND
 from parity import DATA
 from vision_kernels import selective_scan
 from vision_kernels.backends import BACKEND_VARIABLE
-from vision_kernels.native import INSTRUCTION_SETS
 from vision_kernels.selective_scan.op import OPERATOR
 
 # The package's attribute of this name is the function, so modules below it are found by name.
@@ -161,7 +161,7 @@ def test_result_does_not_depend_on_the_number_of_threads(backend):
         torch.set_num_threads(count)
         results.append(with_gradients(arguments, 1.0))
     torch.set_num_threads(threads)
-    if backend in INSTRUCTION_SETS:
+    if backend in FLOAT32_ONLY:
         assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
@@ -358,6 +358,15 @@ def test_compiled_kernels_refuse_float64_when_forced(backend):
         return
     with pytest.raises(ValueError, match=f"selective_scan={backend}: computes in float32, and an input is float64"):
         selective_scan(*inputs(dtype=torch.float64))
+
+
+def test_more_states_than_registers_are_refused_when_forced(backend):
+    arguments = inputs(length=3, state=17)
+    if backend != BACKEND:
+        selective_scan(*arguments)
+        return
+    with pytest.raises(ValueError, match="has registers for 1 to 16 states, and A has 17"):
+        selective_scan(*arguments)
 
 
 def test_second_derivatives_are_refused():

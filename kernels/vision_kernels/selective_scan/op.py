@@ -8,9 +8,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vision_kernels.arguments import check, check_dims
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
+from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.native import why_not_float32
 from vision_kernels.registration import register
 from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward
+from vision_kernels.selective_scan.cuda import (
+    selective_scan_cuda,
+    selective_scan_cuda_backward,
+    why_unable,
+)
 from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
 from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
 from vision_kernels.triton_support import compiled_by_triton
@@ -45,6 +51,7 @@ def channels_first_backward(backward: Callable[..., tuple]) -> Callable[..., tup
 OPERATOR = Operator(
     "selective_scan",
     (
+        compiled_for_cuda(selective_scan_cuda, selective_scan_cuda_backward, why_unable),
         *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_not_float32),
         compiled_by_triton(
             "vision_kernels.selective_scan.triton_scan", "selective_scan_triton", "selective_scan_triton_backward"

@@ -1,0 +1,209 @@
+// Selective scan. Definition: ../../vision_kernels/selective_scan. How the work is shared out: selective_scan.h.
+#include "selective_scan.h"
+
+namespace scan {
+namespace {
+
+struct Recurrence {
+    Problem problem;
+    Signal driving;  // u, or in reverse the gradient of y
+    Signal y;        // without data: no output
+    float *ends, *totals;  // of the chunks, (chunks, batch, dim, states) and (chunks, batch, dim); null if not asked for
+    const float* starts;   // like the ends; null: zero
+};
+
+// What a thread has of a tile, four elements at a time: makes step sizes and what drives the states. Elements beyond the
+// end are zero, and a step of size zero changes nothing.
+template <class L, bool Reverse>
+__device__ __forceinline__ void stage_steps(const Recurrence& r, const Place& place, int left, const SignalTile<L>& delta,
+                                            const SignalTile<L>& driving, const float (&bias)[kChannels],
+                                            const float (&D)[kChannels], float2 (&steps)[L::kSteps][kChannels], float (&skip)[L::kVectors][kVector]) {
+    const Problem& p = r.problem;
+    const int by_step = p.along_steps, by_channel = !p.along_steps;  // from one of four elements to the next
+#pragma unroll
+    for (int i = 0; i < L::kVectors; ++i) {
+        const Spot spot = spot_of<L>(p, place, left, i);
+        if (spot.step >= L::kSteps || spot.channel >= kChannels) continue;
+        float size[kVector], u[kVector];
+        to_floats(delta.raw[i], p.delta.dtype, size);
+        to_floats(driving.raw[i], r.driving.dtype, u);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+            const int channel = spot.channel + e * by_channel;
+            size[e] += bias[channel];
+            if (p.softplus) size[e] = softplus(size[e]);
+            size[e] = e < spot.count ? size[e] : 0;
+            if constexpr (!Reverse) {
+                skip[i][e] = D[channel] * u[e];
+                u[e] *= size[e];
+            }
+            steps[spot.step + e * by_step][channel] = float2{size[e], u[e]};
+        }
+    }
+}
+
+template <int S, bool Reverse>
+struct Lane {
+    float rates[S], state[S];
+
+    // One step; returns the lane's part of y.
+    __device__ __forceinline__ float advance(float2 step, const float* B, const float* C) {
+        float b[S], c[S], y = 0;
+        load_states(B, b);
+        if constexpr (!Reverse) load_states(C, c);
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            const float decay = exp2_fast(step.x * rates[s]);
+            if constexpr (Reverse) {
+                state[s] = decay * (state[s] + step.y * b[s]);
+            } else {
+                state[s] = decay * state[s] + step.y * b[s];
+                y += state[s] * c[s];
+            }
+        }
+        return y;
+    }
+};
+
+template <class L>
+__device__ __forceinline__ void write_outputs(const Recurrence& r, const Place& place, int left, Walk<L>& walk,
+                                              const float (&y)[L::kSteps][kChannels],
+                                              const float (&skip)[L::kVectors][kVector]) {
+    const int by_step = r.problem.along_steps, by_channel = !r.problem.along_steps;
+#pragma unroll
+    for (int i = 0; i < L::kVectors; ++i) {
+        const Spot spot = spot_of<L>(r.problem, place, left, i);
+        char* const address = walk.next(r.y, i, L::kSteps);
+        if (spot.count == 0) continue;
+        float values[kVector];
+#pragma unroll
+        for (int e = 0; e < kVector; ++e)
+            values[e] = skip[i][e] + y[spot.step + e * by_step][spot.channel + e * by_channel];
+        store(r.y, address, spot.count, values);
+    }
+}
+
+// Ten blocks on a multiprocessor hold MambaVision's last stage in one wave.
+template <int K, int S, bool Reverse>
+__global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 10 : 1) recurrence(const Recurrence r) {
+    using L = Layout<K, S, K == 1 ? 8 : 16>;
+    const Problem& p = r.problem;
+    __align__(16) __shared__ float2 steps[L::kSteps][kChannels];
+    __align__(16) __shared__ float B[L::kSteps * L::kStates], C[L::kSteps * L::kStates];
+    __align__(16) __shared__ float y[L::kSteps][kChannels];
+    __shared__ float bias[kChannels], D[kChannels];
+    const Place place(p);
+    stage_channels(p.bias, place, bias);
+    stage_channels(p.D, place, D);
+    __syncthreads();
+    const int lane = threadIdx.x % warpSize, first = L::part(lane) * S, channel = L::channel(threadIdx.x);
+    const bool inside = channel < place.channels;
+    const int64_t at = at_chunk(p, place, channel);
+
+    Lane<S, Reverse> own;
+    load_rates(p, place.channel + channel, first, inside, own.rates);
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+        own.state[s] = r.starts && inside && first + s < p.states ? r.starts[at * p.states + first + s] : 0;
+    float total = 0;
+
+    constexpr int on = Reverse ? -L::kSteps : L::kSteps;  // from a tile to the next
+    const int tiles = (place.end - place.begin + L::kSteps - 1) / L::kSteps;
+    int tile = place.begin + (Reverse ? tiles - 1 : 0) * L::kSteps;
+    const Couplings &incoming = Reverse ? p.C : p.B, &outgoing = p.C;
+    SignalTile<L> delta(p.delta, p, place, tile), driving(r.driving, p, place, tile);
+    CouplingTile<L> next_B(incoming, p, place, tile), next_C(outgoing, p, place, tile);
+    Walk<L> outputs(r.y, p, place, tile);
+    const auto fetch = [&](int from) {
+        const int left = min(L::kSteps, place.end - from);
+        delta.fetch(p.delta, p, place, left, on);
+        driving.fetch(r.driving, p, place, left, on);
+        next_B.fetch(incoming, p, left, on);
+        if constexpr (!Reverse) next_C.fetch(outgoing, p, left, on);
+    };
+    if (tiles > 0) fetch(tile);
+    for (int i = 0; i < tiles; ++i) {
+        const int left = min(L::kSteps, place.end - tile), count = (left + K - 1) / K * K;
+        float skip[L::kVectors][kVector];
+        stage_steps<L, Reverse>(r, place, left, delta, driving, bias, D, steps, skip);
+        next_B.stage(incoming.dtype, p.along_steps, B);
+        if constexpr (!Reverse) next_C.stage(outgoing.dtype, p.along_steps, C);
+        __syncthreads();
+        tile += on;
+        if (i + 1 < tiles) fetch(tile);
+        for (int t = 0; t < count; t += K) {
+            float sums[K];
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                const int step = Reverse ? count - 1 - t - k : t + k, coupling = step * L::kStates + first;
+                sums[k] = own.advance(steps[step][channel], B + coupling, C + coupling);
+            }
+            if constexpr (!Reverse) {
+                sum_across<L::kStateMask, K>(sums, lane);
+                y[t + first_sum<L::kStateMask, K>(lane)][channel] = sums[0];
+            }
+        }
+        if (r.totals)
+            for (int t = 0; t < left; ++t) total += steps[t][channel].x;
+        __syncthreads();
+        if constexpr (!Reverse)
+            if (r.y.data) write_outputs<L>(r, place, left, outputs, y, skip);
+    }
+    if (!r.ends || !inside) return;
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+        if (first + s < p.states) r.ends[at * p.states + first + s] = own.state[s];
+    if (first == 0) r.totals[at] = total;
+}
+
+// From the end of each chunk to the start of the next: a thread for each (batch, dim, state).
+__global__ void join(const Problem p, float* ends, const float* totals, bool reverse) {
+    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, sequences = p.batch * p.dim;
+    if (index >= sequences * p.states) return;
+    const int64_t sequence = index / p.states;
+    const int64_t offset = sequence % p.dim * p.A_by_channel + index % p.states * p.A_by_state;
+    const float rate = kLog2E * float_of(load_bits(p.A + offset * bytes_of(p.A_dtype), p.A_dtype), p.A_dtype);
+    float start = 0;
+    for (int64_t i = 0; i < p.chunks; ++i) {
+        const int64_t chunk = reverse ? p.chunks - 1 - i : i;
+        float& end = ends[chunk * sequences * p.states + index];
+        const float from_zero = end;
+        end = start;
+        start = exp2_fast(totals[chunk * sequences + sequence] * rate) * start + from_zero;
+    }
+}
+
+template <bool Reverse>
+const char* run(const Recurrence& r, void* stream) {
+    return for_states(r.problem.states, [&](auto lanes, auto states) {
+        constexpr int K = decltype(lanes)::value, S = decltype(states)::value;
+        return launch(recurrence<K, S, Reverse>, dim3(r.problem.blocks(), unsigned(r.problem.chunks)), kChannels * K, 0,
+                      stream, r);
+    });
+}
+
+}  // namespace
+
+const char* start_chunks(Problem p, const Signal& driving, bool reverse, float* ends, float* totals, void* stream) {
+    const Recurrence r{p, driving, {}, ends, totals, nullptr};
+    const char* error = reverse ? run<true>(r, stream) : run<false>(r, stream);
+    if (error) return error;
+    const int64_t sequences = p.batch * p.dim * p.states, threads = 128;
+    return launch(join, unsigned((sequences + threads - 1) / threads), unsigned(threads), 0, stream, p, ends, totals, reverse);
+}
+
+}  // namespace scan
+
+// ends: (chunks, batch, dim, states), totals: (chunks, batch, dim), float32; both absent if there is one chunk.
+VK_ENTRY(selective_scan_forward)(void* stream, const View* u, const View* delta, const View* A, const View* B,
+                                 const View* C, const View* D, const View* bias, int64_t softplus, int64_t channels_last,
+                                 const View* y, int64_t chunk, const View* ends, const View* totals) {
+    using namespace scan;
+    const Problem p = problem_of(*u, *delta, *A, *B, *C, D, bias, softplus, channels_last, chunk);
+    float* starts = nullptr;
+    if (p.chunks > 1) {
+        starts = static_cast<float*>(ends->data);
+        if (const char* error = start_chunks(p, p.u, false, starts, static_cast<float*>(totals->data), stream)) return error;
+    }
+    return run<false>({p, p.u, signal_of(*y, channels_last, p.along_steps, p.divisible), nullptr, nullptr, starts}, stream);
+}
