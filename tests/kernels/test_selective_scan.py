@@ -133,6 +133,29 @@ def test_channels_may_be_last(backend):
         torch.testing.assert_close(grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
+# What models give in mixed precision has kernels of its own, and so have many sequences.
+@pytest.mark.parametrize(
+    ("batch", "dim", "length", "state", "dtype"),
+    [
+        (2, 40, 35, 1, torch.bfloat16),
+        (2, 40, 35, 8, torch.float16),
+        (2, 40, 35, 13, torch.bfloat16),
+        (512, 4, 18, 7, torch.bfloat16),
+    ],
+)
+def test_adjacent_channels_in_half_precision(backend, batch, dim, length, state, dtype):
+    arguments = inputs(batch, dim, length, state, 1, dtype)
+    y = selective_scan(*in_channels_last(arguments), channels_last=True)
+    weights = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1))
+    expected = oracle(arguments, weights.double())
+    assert relative_rms(y.transpose(1, 2), expected[0]) <= 5e-3
+    last = in_channels_last(arguments)
+    selective_scan(*last, channels_last=True).backward(weights.transpose(1, 2).to(dtype))
+    for name, ours, truth in zip(TENSORS, last, expected[1:], strict=False):
+        grad = ours.grad.movedim(1, -1) if ours.ndim > 2 else ours.grad
+        assert relative_rms(grad, truth) <= 1e-2, name
+
+
 def test_output_may_have_another_type(backend):
     arguments = inputs(dtype=torch.bfloat16, length=33)
     y = selective_scan(*arguments, out_dtype=torch.float32)

@@ -113,37 +113,54 @@ __device__ __forceinline__ Raw load(const Signal& signal, const char* address, i
 }
 
 __device__ __forceinline__ void to_floats(const Raw& raw, int dtype, float (&values)[kVector]) {
+    if (dtype == kFloat32) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-        const unsigned pair = raw.word[i / 2];
-        if (dtype == kFloat32)
-            values[i] = __int_as_float(int(raw.word[i]));
-        else if (dtype == kBFloat16)
-            values[i] = __int_as_float(int(i % 2 ? pair & 0xFFFF0000u : pair << 16));
-        else
-            values[i] = half_to_float(i % 2 ? pair >> 16 : pair);
+        for (int i = 0; i < kVector; ++i) values[i] = __int_as_float(int(raw.word[i]));
+    } else if (dtype == kBFloat16) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+            values[i] = __int_as_float(int(i % 2 ? raw.word[i / 2] & 0xFFFF0000u : raw.word[i / 2] << 16));
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] = half_to_float(raw.word[i / 2] >> i % 2 * 16);
     }
 }
 
+// Two elements of a 16-bit type, the first one in the lower half.
+__device__ __forceinline__ unsigned pair_bits(float lower, float upper, int dtype) {
+    unsigned bits;
+    if (dtype == kBFloat16) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(lower, upper);
+        memcpy(&bits, &pair, sizeof bits);
+    } else {
+        const __half2 pair = __floats2half2_rn(lower, upper);
+        memcpy(&bits, &pair, sizeof bits);
+    }
+    return bits;
+}
+
+// The first `count` of four elements.
 __device__ __forceinline__ void store(const Signal& signal, char* address, int count, const float (&values)[kVector]) {
     if (count <= 0) return;
-    unsigned bits[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) bits[i] = bits_of(values[i], signal.dtype);
     if (signal.vectors) {
         if (signal.dtype == kFloat32)
-            *reinterpret_cast<uint4*>(address) = uint4{bits[0], bits[1], bits[2], bits[3]};
+            *reinterpret_cast<float4*>(address) = float4{values[0], values[1], values[2], values[3]};
+        else if (signal.dtype == kBFloat16)
+            *reinterpret_cast<uint2*>(address) =
+                uint2{pair_bits(values[0], values[1], kBFloat16), pair_bits(values[2], values[3], kBFloat16)};
         else
-            *reinterpret_cast<uint2*>(address) = uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+            *reinterpret_cast<uint2*>(address) =
+                uint2{pair_bits(values[0], values[1], kFloat16), pair_bits(values[2], values[3], kFloat16)};
         return;
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
         if (i >= count) break;
         char* const target = address + i * signal.by_element * bytes_of(signal.dtype);
+        const unsigned bits = bits_of(values[i], signal.dtype);
         if (signal.dtype == kFloat32)
-            *reinterpret_cast<unsigned*>(target) = bits[i];
+            *reinterpret_cast<unsigned*>(target) = bits;
         else
-            *reinterpret_cast<unsigned short*>(target) = static_cast<unsigned short>(bits[i]);
+            *reinterpret_cast<unsigned short*>(target) = static_cast<unsigned short>(bits);
     }
 }

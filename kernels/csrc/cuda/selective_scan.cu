@@ -12,32 +12,42 @@ struct Recurrence {
     const float* starts;   // like the ends; null: zero
 };
 
-// What a thread has of a tile, four elements at a time: makes step sizes and what drives the states. Elements beyond the
-// end are zero, and a step of size zero changes nothing.
+// What a thread has of a tile, four elements at a time: makes step sizes and what drives the states. Steps beyond the end
+// drive nothing, and there is no later one that would see how they change the states.
 template <class L, bool Reverse>
-__device__ __forceinline__ void stage_steps(const Recurrence& r, const Place& place, int left, const SignalTile<L>& delta,
-                                            const SignalTile<L>& driving, const float (&bias)[kChannels],
-                                            const float (&D)[kChannels], float2 (&steps)[L::kSteps][kChannels], float (&skip)[L::kVectors][kVector]) {
+__device__ __forceinline__ void stage_steps(const Recurrence& r, const SignalTile<L>& delta, const SignalTile<L>& driving,
+                                            const float (&bias)[kChannels], const float (&D)[kChannels],
+                                            float2 (&steps)[L::kSteps][kChannels], float (&skip)[L::kVectors][kVector]) {
     const Problem& p = r.problem;
-    const int by_step = p.along_steps, by_channel = !p.along_steps;  // from one of four elements to the next
 #pragma unroll
     for (int i = 0; i < L::kVectors; ++i) {
-        const Spot spot = spot_of<L>(p, place, left, i);
+        const Spot spot = spot_of<L>(p, i);
         if (spot.step >= L::kSteps || spot.channel >= kChannels) continue;
-        float size[kVector], u[kVector];
+        float size[kVector], u[kVector], constant[kVector];
         to_floats(delta.raw[i], p.delta.dtype, size);
         to_floats(driving.raw[i], r.driving.dtype, u);
+        load_channels(bias, spot, p.along_steps, constant);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) {
-            const int channel = spot.channel + e * by_channel;
-            size[e] += bias[channel];
-            if (p.softplus) size[e] = softplus(size[e]);
-            size[e] = e < spot.count ? size[e] : 0;
-            if constexpr (!Reverse) {
-                skip[i][e] = D[channel] * u[e];
+        for (int e = 0; e < kVector; ++e) size[e] += constant[e];
+        if (p.softplus) {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) size[e] = softplus(size[e]);
+        }
+        if constexpr (!Reverse) {
+            load_channels(D, spot, p.along_steps, constant);
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+                skip[i][e] = constant[e] * u[e];
                 u[e] *= size[e];
             }
-            steps[spot.step + e * by_step][channel] = float2{size[e], u[e]};
+        }
+        if (p.along_steps) {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) steps[spot.step + e][spot.channel] = float2{size[e], u[e]};
+        } else {
+            float4* const target = reinterpret_cast<float4*>(&steps[spot.step][spot.channel]);
+            target[0] = float4{size[0], u[0], size[1], u[1]};
+            target[1] = float4{size[2], u[2], size[3], u[3]};
         }
     }
 }
@@ -69,29 +79,43 @@ template <class L>
 __device__ __forceinline__ void write_outputs(const Recurrence& r, const Place& place, int left, Walk<L>& walk,
                                               const float (&y)[L::kSteps][kChannels],
                                               const float (&skip)[L::kVectors][kVector]) {
-    const int by_step = r.problem.along_steps, by_channel = !r.problem.along_steps;
+    const bool along_steps = r.problem.along_steps;
 #pragma unroll
     for (int i = 0; i < L::kVectors; ++i) {
-        const Spot spot = spot_of<L>(r.problem, place, left, i);
+        const Spot spot = spot_of<L>(r.problem, i);
         char* const address = walk.next(r.y, i, L::kSteps);
-        if (spot.count == 0) continue;
+        const int count = count_of<L>(r.problem, place, left, spot);
+        if (count <= 0) continue;
         float values[kVector];
+        if (along_steps) {
 #pragma unroll
-        for (int e = 0; e < kVector; ++e)
-            values[e] = skip[i][e] + y[spot.step + e * by_step][spot.channel + e * by_channel];
-        store(r.y, address, spot.count, values);
+            for (int e = 0; e < kVector; ++e) values[e] = y[spot.step + e][spot.channel];
+        } else {
+            load_channels(y[spot.step], spot, along_steps, values);
+        }
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) values[e] += skip[i][e];
+        store(r.y, address, count, values);
     }
 }
 
-// Ten blocks on a multiprocessor hold MambaVision's last stage in one wave.
-template <int K, int S, bool Reverse>
-__global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 10 : 1) recurrence(const Recurrence r) {
+// Blocks that a multiprocessor shall hold. With ten and K = 2, the last stage of MambaVision is one wave on an H200.
+constexpr int resident_blocks(int K, int S) { return K == 1 ? 16 : K == 2 ? 10 : S == 4 ? 4 : 8; }
+
+template <int K, int S, int Type, bool Reverse>
+__global__ void __launch_bounds__(kChannels* K, resident_blocks(K, S)) recurrence(const Recurrence given) {
+    Recurrence r = given;
+    assume_packed<Type>(r.problem);
+    if constexpr (Type != kAnyType) {
+        r.driving.vectors = r.y.vectors = true;
+        if constexpr (!Reverse) r.driving.dtype = Type;
+    }
     using L = Layout<K, S, K == 1 ? 8 : 16>;
     const Problem& p = r.problem;
     __align__(16) __shared__ float2 steps[L::kSteps][kChannels];
     __align__(16) __shared__ float B[L::kSteps * L::kStates], C[L::kSteps * L::kStates];
     __align__(16) __shared__ float y[L::kSteps][kChannels];
-    __shared__ float bias[kChannels], D[kChannels];
+    __align__(16) __shared__ float bias[kChannels], D[kChannels];
     const Place place(p);
     stage_channels(p.bias, place, bias);
     stage_channels(p.D, place, D);
@@ -115,7 +139,7 @@ __global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 10 : 1) recur
     CouplingTile<L> next_B(incoming, p, place, tile), next_C(outgoing, p, place, tile);
     Walk<L> outputs(r.y, p, place, tile);
     const auto fetch = [&](int from) {
-        const int left = min(L::kSteps, place.end - from);
+        const int left = place.end - from;
         delta.fetch(p.delta, p, place, left, on);
         driving.fetch(r.driving, p, place, left, on);
         next_B.fetch(incoming, p, left, on);
@@ -123,19 +147,22 @@ __global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 10 : 1) recur
     };
     if (tiles > 0) fetch(tile);
     for (int i = 0; i < tiles; ++i) {
-        const int left = min(L::kSteps, place.end - tile), count = (left + K - 1) / K * K;
+        const int left = place.end - tile;
         float skip[L::kVectors][kVector];
-        stage_steps<L, Reverse>(r, place, left, delta, driving, bias, D, steps, skip);
+        stage_steps<L, Reverse>(r, delta, driving, bias, D, steps, skip);
         next_B.stage(incoming.dtype, p.along_steps, B);
         if constexpr (!Reverse) next_C.stage(outgoing.dtype, p.along_steps, C);
         __syncthreads();
         tile += on;
         if (i + 1 < tiles) fetch(tile);
-        for (int t = 0; t < count; t += K) {
+#pragma unroll
+        for (int group = 0; group < L::kSteps; group += K) {
+            const int t = Reverse ? L::kSteps - K - group : group;
+            if (t >= left) continue;
             float sums[K];
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const int step = Reverse ? count - 1 - t - k : t + k, coupling = step * L::kStates + first;
+                const int step = Reverse ? t + K - 1 - k : t + k, coupling = step * L::kStates + first;
                 sums[k] = own.advance(steps[step][channel], B + coupling, C + coupling);
             }
             if constexpr (!Reverse) {
@@ -144,7 +171,7 @@ __global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 10 : 1) recur
             }
         }
         if (r.totals)
-            for (int t = 0; t < left; ++t) total += steps[t][channel].x;
+            for (int t = 0; t < min(left, L::kSteps); ++t) total += steps[t][channel].x;
         __syncthreads();
         if constexpr (!Reverse)
             if (r.y.data) write_outputs<L>(r, place, left, outputs, y, skip);
@@ -173,13 +200,23 @@ __global__ void join(const Problem p, float* ends, const float* totals, bool rev
     }
 }
 
+// From so many blocks on, two lanes for a channel occupy a large GPU, and they have less to do together than four.
+constexpr int64_t kManyBlocks = 512;
+
 template <bool Reverse>
 const char* run(const Recurrence& r, void* stream) {
-    return for_states(r.problem.states, [&](auto lanes, auto states) {
+    const Problem& p = r.problem;
+    const bool vectors = r.driving.vectors && (r.y.vectors || !r.y.data);
+    const int packed = vectors && !Reverse ? packed_type(p) : kAnyType;
+    const auto start = [&](auto lanes, auto states, auto type) {
         constexpr int K = decltype(lanes)::value, S = decltype(states)::value;
-        return launch(recurrence<K, S, Reverse>, dim3(r.problem.blocks(), unsigned(r.problem.chunks)), kChannels * K, 0,
-                      stream, r);
-    });
+        constexpr int kType = Reverse ? kAnyType : decltype(type)::value;
+        return launch(recurrence<K, S, kType, Reverse>, dim3(p.blocks(), unsigned(p.chunks)), kChannels * K, 0, stream, r);
+    };
+    if constexpr (!Reverse)
+        if (p.states > 4 && p.states <= 8 && int64_t(p.blocks()) * p.chunks >= kManyBlocks)
+            return for_packed(packed, [&](auto type) { return start(Number<2>(), Number<4>(), type); });
+    return for_states(p.states, packed, start);
 }
 
 }  // namespace

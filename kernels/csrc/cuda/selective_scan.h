@@ -70,23 +70,24 @@ struct Place {
     }
 };
 
-// Where the four elements lie that a thread moves in one go: `count` of them, from (step, channel) of a tile on.
+// Where in a tile the four elements lie that a thread moves in one go.
 struct Spot {
-    int step, channel, count;
+    int step, channel;  // the first of them; beyond the tile if there are more threads than elements
 };
 
-// `left`: steps from the tile's beginning to the end of the chunk.
 template <class L>
-__device__ __forceinline__ Spot spot_of(const Problem& p, const Place& place, int left, int index) {
+__device__ __forceinline__ Spot spot_of(const Problem& p, int index) {
     const int vector = int(threadIdx.x) + index * L::kThreads;
     constexpr int per_channel = L::kSteps / kVector, per_step = kChannels / kVector;
-    Spot spot;
-    spot.channel = p.along_steps ? vector / per_channel : vector % per_step * kVector;
-    spot.step = p.along_steps ? vector % per_channel * kVector : vector / per_step;
+    if (p.along_steps) return {vector % per_channel * kVector, vector / per_channel};
+    return {vector / per_step, vector % per_step * kVector};
+}
+
+// How many of the four exist. `left`: steps from the tile's beginning to the end of the chunk.
+template <class L>
+__device__ __forceinline__ int count_of(const Problem& p, const Place& place, int left, const Spot& spot) {
     const bool inside = spot.channel < place.channels && spot.step < min(left, L::kSteps);
-    const int beyond = p.along_steps ? left - spot.step : place.channels - spot.channel;
-    spot.count = inside ? min(kVector, beyond) : 0;
-    return spot;
+    return inside ? min(kVector, p.along_steps ? left - spot.step : place.channels - spot.channel) : 0;
 }
 
 // The thread's elements of one tile after another.
@@ -97,7 +98,7 @@ struct Walk {
     __device__ __forceinline__ Walk(const Signal& signal, const Problem& p, const Place& place, int tile) {
 #pragma unroll
         for (int i = 0; i < L::kVectors; ++i) {
-            const Spot spot = spot_of<L>(p, place, 0, i);
+            const Spot spot = spot_of<L>(p, i);
             address[i] = signal.at(place.batch, place.channel + spot.channel, tile + spot.step);
         }
     }
@@ -120,14 +121,14 @@ struct SignalTile {
     __device__ __forceinline__ void fetch(const Signal& signal, const Problem& p, const Place& place, int left, int steps) {
 #pragma unroll
         for (int i = 0; i < L::kVectors; ++i)
-            raw[i] = load(signal, walk.next(signal, i, steps), spot_of<L>(p, place, left, i).count);
+            raw[i] = load(signal, walk.next(signal, i, steps), count_of<L>(p, place, left, spot_of<L>(p, i)));
     }
 };
 
 template <class L>
 struct CouplingTile {
     const char* address[L::kCouplings];
-    unsigned bits[L::kCouplings];
+    unsigned bits[L::kCouplings] = {};
 
     static __device__ __forceinline__ void locate(bool along_steps, int index, int& step, int& state) {
         const int element = int(threadIdx.x) + index * L::kThreads;
@@ -168,6 +169,17 @@ struct CouplingTile {
 __device__ __forceinline__ void stage_channels(const Row& row, const Place& place, float (&target)[kChannels]) {
     const int i = threadIdx.x;
     if (i < kChannels) target[i] = row.data && i < place.channels ? row[place.channel + i] : 0;
+}
+
+// The four of these that belong to the elements of a spot.
+__device__ __forceinline__ void load_channels(const float (&source)[kChannels], const Spot& spot, bool along_steps,
+                                              float (&values)[kVector]) {
+    if (along_steps)
+        values[0] = values[1] = values[2] = values[3] = source[spot.channel];
+    else {
+        const float4 all = *reinterpret_cast<const float4*>(source + spot.channel);
+        values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
+    }
 }
 
 // S adjacent floats of shared memory, aligned.
@@ -234,13 +246,47 @@ inline Problem problem_of(const View& u, const View& delta, const View& A, const
     return p;
 }
 
-// Calls body(K, S) with what suits a number of states.
+// What models give in mixed precision: all of one 16-bit type, channels adjacent in memory. Kernels compiled for it have
+// fewer instructions around the recurrence; kAnyType stands for the kernel that takes everything.
+constexpr int kAnyType = -1;
+
+inline int packed_type(const Problem& p) {
+    const int type = p.u.dtype;
+    const bool same = p.delta.dtype == type && p.B.dtype == type && p.C.dtype == type;
+    return same && type != kFloat32 && !p.along_steps && p.u.vectors && p.delta.vectors ? type : kAnyType;
+}
+
+// Tells the compiler what `packed_type` found out.
+template <int Type>
+__device__ __forceinline__ void assume_packed(Problem& p) {
+    if constexpr (Type != kAnyType) {
+        p.along_steps = false;
+        p.u.vectors = p.delta.vectors = true;
+        p.u.dtype = p.delta.dtype = p.B.dtype = p.C.dtype = Type;
+    }
+}
+
+template <int Value>
+using Number = std::integral_constant<int, Value>;
+
+// Calls body(type) with a type found by `packed_type`.
 template <class Body>
-const char* for_states(int states, const Body& body) {
-    if (states == 1) return body(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
-    if (states <= 4) return body(std::integral_constant<int, 4>(), std::integral_constant<int, 1>());
-    if (states <= 8) return body(std::integral_constant<int, 4>(), std::integral_constant<int, 2>());
-    if (states <= 16) return body(std::integral_constant<int, 4>(), std::integral_constant<int, 4>());
+const char* for_packed(int type, const Body& body) {
+    if (type == kBFloat16) return body(Number<kBFloat16>());
+    if (type == kFloat16) return body(Number<kFloat16>());
+    return body(Number<kAnyType>());
+}
+
+// Calls body(K, S, type) with what suits a number of states.
+template <class Body>
+const char* for_states(int states, int type, const Body& body) {
+    const auto with_type = [&](auto lanes, auto own) {
+        return for_packed(type, [&](auto known) { return body(lanes, own, known); });
+    };
+    if (states == 1) return with_type(Number<1>(), Number<1>());
+    if (states <= 4) return body(Number<4>(), Number<1>(), Number<kAnyType>());
+    if (states <= 8) return with_type(Number<4>(), Number<2>());
+    if (states <= 16) return with_type(Number<4>(), Number<4>());
     return "more than 16 states";
 }
 

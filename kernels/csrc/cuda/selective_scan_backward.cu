@@ -28,32 +28,38 @@ using Step = float4;
 template <class L>
 struct Shared {
     Step steps[kTile][kChannels];
-    float B[kTile * L::kStates], C[kTile * L::kStates];
-    float2 outputs[kTile][kChannels];                               // gradients of u and delta
-    float of_B[L::kThreads / 32][kTile * L::kStates], of_C[L::kThreads / 32][kTile * L::kStates];  // of each warp
     float bias[kChannels], D[kChannels];
+    float B[kTile * L::kStates], C[kTile * L::kStates];
+    float2 outputs[kTile][kChannels];  // gradients of u and delta
+    float of_B[L::kThreads / 32][kTile * L::kStates], of_C[L::kThreads / 32][kTile * L::kStates];  // of each warp
 };
 
+// `grad` may be absent. Steps beyond the end contribute nothing, as their u and gradient of y are zero.
 template <class L>
-__device__ __forceinline__ void stage_steps(const Problem& p, const Place& place, int left, const SignalTile<L>& delta,
-                                            const SignalTile<L>& u, const SignalTile<L>* grad, int grad_dtype,
-                                            Shared<L>& shared) {
+__device__ __forceinline__ void stage_steps(const Problem& p, const SignalTile<L>& delta, const SignalTile<L>& u,
+                                            const SignalTile<L>* grad, int grad_dtype, Shared<L>& shared) {
     const int by_step = p.along_steps, by_channel = !p.along_steps;  // from one of four elements to the next
 #pragma unroll
     for (int i = 0; i < L::kVectors; ++i) {
-        const Spot spot = spot_of<L>(p, place, left, i);
+        const Spot spot = spot_of<L>(p, i);
         if (spot.step >= kTile || spot.channel >= kChannels) continue;
-        float size[kVector], input[kVector], of_y[kVector] = {};
-        to_floats(delta.raw[i], p.delta.dtype, size);
+        float raw[kVector], input[kVector], of_y[kVector] = {}, bias[kVector];
+        to_floats(delta.raw[i], p.delta.dtype, raw);
         to_floats(u.raw[i], p.u.dtype, input);
         if (grad) to_floats(grad->raw[i], grad_dtype, of_y);
+        load_channels(shared.bias, spot, p.along_steps, bias);
+        Step steps[kVector];
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) {
-            const int channel = spot.channel + e * by_channel;
-            const float raw = size[e] + shared.bias[channel];
-            const float slope = p.softplus && grad ? sigmoid(raw) : 1.0f, step = p.softplus ? softplus(raw) : raw;
-            shared.steps[spot.step + e * by_step][channel] = Step{e < spot.count ? step : 0, input[e], of_y[e], slope};
+        for (int e = 0; e < kVector; ++e) steps[e] = Step{raw[e] + bias[e], input[e], of_y[e], 1};
+        if (p.softplus) {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+                if (grad) steps[e].w = sigmoid(steps[e].x);
+                steps[e].x = softplus(steps[e].x);
+            }
         }
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) shared.steps[spot.step + e * by_step][spot.channel + e * by_channel] = steps[e];
     }
 }
 
@@ -79,7 +85,7 @@ __device__ __forceinline__ void keep_states(const Gradients& r, const Place& pla
         u.fetch(p.u, p, place, left, kTile);
         B.fetch(p.B, p, left, kTile);
         __syncthreads();
-        stage_steps<L>(p, place, left, delta, u, nullptr, 0, shared);
+        stage_steps<L>(p, delta, u, nullptr, 0, shared);
         B.stage(p.B.dtype, p.along_steps, shared.B);
         __syncthreads();
 #pragma unroll
@@ -165,9 +171,10 @@ __device__ __forceinline__ void write_tile(const Gradients& r, const Place& plac
     const int by_step = p.along_steps, by_channel = !p.along_steps;
 #pragma unroll
     for (int i = 0; i < L::kVectors; ++i) {
-        const Spot spot = spot_of<L>(p, place, left, i);
+        const Spot spot = spot_of<L>(p, i);
+        const int count = count_of<L>(p, place, left, spot);
         char *const to_u = of_u.next(r.u, i, -kTile), *const to_delta = of_delta.next(r.delta, i, -kTile);
-        if (spot.count == 0) continue;
+        if (count <= 0) continue;
         float first[kVector], second[kVector];
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
@@ -175,8 +182,8 @@ __device__ __forceinline__ void write_tile(const Gradients& r, const Place& plac
             first[e] = both.x;
             second[e] = both.y;
         }
-        store(r.u, to_u, spot.count, first);
-        store(r.delta, to_delta, spot.count, second);
+        store(r.u, to_u, count, first);
+        store(r.delta, to_delta, count, second);
     }
     for (int i = threadIdx.x; i < kTile * L::kStates; i += L::kThreads) {
         const int step = i / L::kStates, state = i % L::kStates;
@@ -205,8 +212,14 @@ __device__ __forceinline__ void write_sums(const Gradients& r, const Place& plac
     if (r.bias) r.bias[at] = own.of_bias;
 }
 
-template <int K, int S>
-__global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 5 : 1) gradients(const Gradients r) {
+template <int K, int S, int Type>
+__global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 5 : 1) gradients(const Gradients given) {
+    Gradients r = given;
+    assume_packed<Type>(r.problem);
+    if constexpr (Type != kAnyType) {
+        r.y.vectors = r.u.vectors = r.delta.vectors = true;
+        r.u.dtype = r.delta.dtype = Type;
+    }
     using L = Layout<K, S, kTile>;
     const Problem& p = r.problem;
     __align__(16) __shared__ Shared<L> shared;
@@ -248,7 +261,7 @@ __global__ void __launch_bounds__(kChannels* K, K == 4 && S <= 2 ? 5 : 1) gradie
     if (tiles > 0) fetch(last);
     for (int i = tiles - 1; i >= 0; --i) {
         const int tile = place.begin + i * kTile, left = place.end - tile;
-        stage_steps<L>(p, place, left, delta, u, &grad, r.y.dtype, shared);
+        stage_steps<L>(p, delta, u, &grad, r.y.dtype, shared);
         B.stage(p.B.dtype, p.along_steps, shared.B);
         C.stage(p.C.dtype, p.along_steps, shared.C);
 #pragma unroll
@@ -295,9 +308,9 @@ VK_ENTRY(selective_scan_backward)(void* stream, const View* grad_y, const View* 
         if (!error) error = start_chunks(p, r.y, true, floats(carries), floats(totals), stream);
     }
     if (!error)
-        error = for_states(p.states, [&](auto lanes, auto states) {
-            constexpr int K = decltype(lanes)::value, S = decltype(states)::value;
-            return launch(gradients<K, S>, dim3(p.blocks(), unsigned(p.chunks)), kChannels * K, 0, stream, r);
+        error = for_states(p.states, r.y.vectors ? packed_type(p) : kAnyType, [&](auto lanes, auto states, auto type) {
+            constexpr int K = decltype(lanes)::value, S = decltype(states)::value, kType = decltype(type)::value;
+            return launch(gradients<K, S, kType>, dim3(p.blocks(), unsigned(p.chunks)), kChannels * K, 0, stream, r);
         });
     if (error) return error;
     return sum_parts({parts_of(A_parts, of_A, 2), parts_of(B_parts, of_B, 4), parts_of(C_parts, of_C, 4),
