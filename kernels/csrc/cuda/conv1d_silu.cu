@@ -40,6 +40,12 @@ __device__ __forceinline__ void load_weights(const Tensors& all, int64_t channel
         for (int i = 0; i < kVector; ++i) weight[k][i] = weight_of(all, channel + i, k);
 }
 
+// Tells the compiler what it takes to be here.
+__device__ __forceinline__ Tensors with_vectors(Tensors all) {
+    all.x.vectors = all.grad_y.vectors = all.out.vectors = true;
+    return all;
+}
+
 // Four channels from `channel` on at a step, zero beyond the ends.
 __device__ __forceinline__ Raw load_step(const Signal& signal, const Shape& shape, int64_t batch, int64_t channel, int64_t t) {
     return load(signal, signal.at(batch, channel, t), t >= 0 && t < shape.length ? kVector : 0);
@@ -53,12 +59,13 @@ __device__ __forceinline__ float silu_derivative(float x) {
 }
 
 template <int Taps>
-__global__ void __launch_bounds__(kThreads) forward(Tensors all, Shape shape) {
-    const int64_t vectors = shape.dim / kVector, tiles = (shape.length + kSteps - 1) / kSteps;
-    const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (index >= vectors * tiles * shape.batch) return;
-    const int64_t channel = index % vectors * kVector, t0 = index / vectors % tiles * kSteps;
-    const int64_t batch = index / vectors / tiles;
+__global__ void __launch_bounds__(kThreads) forward(const Tensors given, const Shape shape) {
+    const Tensors all = with_vectors(given);
+    // 32 bits number the tiles of a tensor that fits any memory, and divide faster than 64.
+    const unsigned vectors = unsigned(shape.dim / kVector), tiles = unsigned((shape.length + kSteps - 1) / kSteps);
+    const unsigned index = blockIdx.x * kThreads + threadIdx.x, row = index / vectors;
+    const int64_t channel = index % vectors * kVector, t0 = int64_t(row % tiles) * kSteps, batch = row / tiles;
+    if (batch >= shape.batch) return;
     constexpr int before = (Taps - 1) / 2;
     Raw raw[kSteps + Taps - 1];
 #pragma unroll
@@ -127,7 +134,8 @@ __device__ __forceinline__ void backward_steps(const Tensors& all, const Shape& 
 }
 
 template <int Taps>
-__global__ void __launch_bounds__(kThreads, Taps == 3 ? 2 : 1) backward(Tensors all, Shape shape) {
+__global__ void __launch_bounds__(kThreads, Taps == 3 ? 2 : 1) backward(const Tensors given, const Shape shape) {
+    const Tensors all = with_vectors(given);
     constexpr int kAcross = kBlockChannels / kVector, kRows = kThreads / kAcross;
     __shared__ float parts[kRows][Taps][kBlockChannels];
     const int lane = threadIdx.x % kAcross, row = threadIdx.x / kAcross;
@@ -179,7 +187,7 @@ __device__ float grad_convolved(const Tensors& all, const Shape& shape, int64_t 
 }
 
 // y, or the gradient of x.
-__global__ void __launch_bounds__(kThreads) each_element(Tensors all, Shape shape, bool is_backward) {
+__global__ void __launch_bounds__(kThreads) each_element(const Tensors all, const Shape shape, bool is_backward) {
     const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (index >= shape.batch * shape.length * shape.dim) return;
     const int64_t channel = index % shape.dim, t = index / shape.dim % shape.length;
@@ -197,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) each_element(Tensors all, Shape shap
 }
 
 // Parts of the gradient of the weight: a thread for each of (batch x spans, dim, taps).
-__global__ void __launch_bounds__(kThreads) each_weight(Tensors all, Shape shape) {
+__global__ void __launch_bounds__(kThreads) each_weight(const Tensors all, const Shape shape) {
     const int64_t spans = (shape.length + all.span - 1) / all.span;
     const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (index >= shape.batch * spans * shape.dim * shape.taps) return;
