@@ -7,6 +7,7 @@ import torch
 import emulation
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS, Operator
 
+COMPUTING_FLOAT64 = ("torch", "reference")  # other backends leave it to these
 _ON_GPU = "@cuda"
 
 for _operator in OPERATORS.values():
@@ -20,17 +21,11 @@ def backends(operator: Operator, float64: bool = False) -> list[str]:
     """
     able = [each for each in operator.implementations if each.why_unavailable() is None]
     if float64:
-        able = [each for each in able if each.backend not in computing_float32(operator)]
+        able = [each for each in able if each.backend in COMPUTING_FLOAT64]
     names = [each.backend for each in able if each.runs_on("cpu") and not each.only_if_named]
     if torch.cuda.is_available():
         names += [each.backend + _ON_GPU for each in able if "cuda" in each.devices and not each.only_if_named]
     return names
-
-
-def computing_float32(operator: Operator) -> set[str]:
-    """Names of the operator's backends that leave float64 to others."""
-    double = (torch.empty(0, dtype=torch.float64), torch.float64)
-    return {each.backend for each in operator.implementations if each.why_unable(*double)}
 
 
 def force(choice: str, monkeypatch, *operators: Operator) -> str:
