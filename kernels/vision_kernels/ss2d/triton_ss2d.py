@@ -11,7 +11,7 @@ from vision_kernels.ss2d.triton_kernels import ss2d_adjoint, ss2d_backward, ss2d
 _WARP = 32
 _STATES_PER_LANE = 16
 # As in selective_scan: time is cut into chunks, not shorter than this, only where programs would be too few otherwise.
-_ENOUGH_PROGRAMS = 1024
+_ENOUGH_PROGRAMS = 1536
 _SHORTEST_CHUNK = 128
 _REGISTERS_AHEAD = 96  # for what is loaded of the projections for one block of steps
 
@@ -32,7 +32,7 @@ class _Scan:
         self.block = max(1, min(_WARP, _WARP * _STATES_PER_LANE // self.tile))
         self.blocks = -(-self.dim // self.block)
         fitting = _REGISTERS_AHEAD // (power_of_two(self.rank) + tiles * self.tile)
-        self.steps = min(8, max(1, power_of_two(fitting + 1) // 2), power_of_two(max(self.height, self.width)))
+        self.steps = min(4, max(1, power_of_two(fitting + 1) // 2), power_of_two(max(self.height, self.width)))
         programs, length = self.batch * self.blocks, self.height * self.width
         self.chunks = max(1, min(-(-_ENOUGH_PROGRAMS // max(1, programs)), length // _SHORTEST_CHUNK))
 
