@@ -46,7 +46,9 @@ def forward_steps(tile: int, element_size: int) -> int:
 
 
 def backward_steps(tile: int, element_size: int) -> int:
-    return {1: 8, 2: 8, 4: 4, 8: 4}.get(tile, 1)
+    """The same for the backward pass, which holds the states of all these steps instead of what is loaded ahead."""
+    steps = {1: 8, 2: 8, 4: 4, 8: 4}.get(tile, 1)
+    return steps // 2 if element_size > 2 and tile == 8 else steps
 
 
 def power_of_two(number: int) -> int:

@@ -9,7 +9,7 @@ from vision_kernels.ss2d.cpu import empty_image
 from vision_kernels.ss2d.triton_kernels import ss2d_adjoint, ss2d_backward, ss2d_forward
 
 _WARP = 32
-_STATES_PER_LANE = 16
+_NUMBERS_PER_LANE = 32  # in the tiles of states that are held for one step
 # As in selective_scan: time is cut into chunks, not shorter than this, only where programs would be too few otherwise.
 _ENOUGH_PROGRAMS = 1536
 _SHORTEST_CHUNK = 128
@@ -20,7 +20,7 @@ class _Scan:
     """The inputs, and how the work on them is divided among programs."""
 
     def __init__(self, x, projections, dt_weight, dt_bias, A, D, routes: str, tiles: int):
-        """`tiles`: of states that are held for each of the steps which are loaded together."""
+        """`tiles`: as many of states are held for each of the steps which are loaded together."""
         self.x, self.routes = x, routes
         self.projections = projections if projections.stride(3) == 1 else projections.contiguous()
         self.dt_weight, self.dt_bias, self.A, self.D = (
@@ -29,7 +29,7 @@ class _Scan:
         self.batch, self.dim, self.height, self.width = x.shape
         self.rank, self.states = dt_weight.shape[2], A.shape[1]
         self.tile = power_of_two(self.states)
-        self.block = max(1, min(_WARP, _WARP * _STATES_PER_LANE // self.tile))
+        self.block = max(1, min(_WARP, _WARP * _NUMBERS_PER_LANE // (tiles * self.tile)))
         self.blocks = -(-self.dim // self.block)
         fitting = _REGISTERS_AHEAD // (power_of_two(self.rank) + tiles * self.tile)
         self.steps = min(4, max(1, power_of_two(fitting + 1) // 2), power_of_two(max(self.height, self.width)))
