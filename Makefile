@@ -43,7 +43,7 @@ format: $(READY)  ## Repair style and formatting where it can be done automatica
 clean:  ## Remove the environment and caches; what programs wrote to output/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 
-$(READY): requirements.txt pyproject.toml setup.py $(wildcard kernels/csrc/*/*) .packaging/opencv-python/pyproject.toml
+$(READY): requirements.txt pyproject.toml setup.py kernels/setup.py $(wildcard kernels/csrc/* kernels/csrc/*/*) .packaging/opencv-python/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python from 3.10 to 3.13 found; name one: make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: $(PYTHON) cannot create environments; on Debian and Ubuntu install python3-venv"; rm -rf $(VENV); exit 1; }

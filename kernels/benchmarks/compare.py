@@ -56,9 +56,16 @@ def medians_ms(functions: list[Callable[[], object]]) -> list[float]:
     return [statistics.median(each) for each in times]
 
 
-def compare(what: str, ours: Callable, baseline: Callable, floor: float, aim: float) -> Row:
-    """Time `ours` against `baseline`."""
-    ours_ms, baseline_ms = medians_ms([ours, baseline])
+def compare(
+    what: str,
+    ours: Callable,
+    baseline: Callable,
+    floor: float,
+    aim: float,
+    medians: Callable[[list[Callable]], list[float]] = medians_ms,
+) -> Row:
+    """Time `ours` against `baseline`; `medians` takes both and returns milliseconds."""
+    ours_ms, baseline_ms = medians([ours, baseline])
     return Row(what, ours_ms, baseline_ms, baseline_ms / ours_ms, floor, aim)
 
 
@@ -114,9 +121,8 @@ def machine() -> dict[str, str]:
     }
 
 
-def report(rows: list[Row], out: Path | None) -> None:
-    """Print a table and write the same as JSON to `out`."""
-    facts = machine()
+def report(rows: list[Row], out: Path | None, facts: dict[str, str]) -> None:
+    """Print a table and write the same as JSON to `out`; `facts` are what the numbers depend on."""
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     width = max(len(row.what) for row in rows)
     print(f"{'':{width}}  {'ours':>11}  {'baseline':>11}  {'ratio':>22}  {'floor':>6}  {'aim':>6}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from compare import Row, compare, medians_ms, peak_mib, report, require_agreement
+from compare import Row, compare, machine, medians_ms, peak_mib, report, require_agreement
 from torch import Tensor
 
 from vision_kernels import cross_merge, cross_scan, neighborhood_attention, selective_scan, ss2d
@@ -299,7 +299,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [options.only] if options.only else SECTIONS
     rows = [row for name in chosen for row in SECTIONS[name]()]
-    report(rows, options.out)
+    report(rows, options.out, machine())
 
 
 if __name__ == "__main__":

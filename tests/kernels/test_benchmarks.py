@@ -46,7 +46,7 @@ def test_report_says_what_is_below_its_floor(benchmarks, tmp_path, capsys):
         compare.Row("slow", 1.0, 2.0, 2.0, floor=4, aim=6),
         compare.Row("share", 1.0, 100.0, 0.01, floor=0.02, aim=0.01, means="of the whole"),
     ]
-    compare.report(rows, tmp_path / "new" / "results.json")
+    compare.report(rows, tmp_path / "new" / "results.json", compare.machine())
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "misses the floor" in lines["slow"]
     assert not any("misses the floor" in lines[name] for name in ("quick", "share"))
