@@ -13,16 +13,16 @@ struct Recurrence {
 };
 
 // What a thread has of a tile, four elements at a time: makes step sizes and what drives the states. Steps beyond the end
-// drive nothing, and there is no later one that would see how they change the states.
+// do not matter: no later one sees how they change the states. In reverse they come first, and must drive nothing.
 template <class L, bool Reverse>
-__device__ __forceinline__ void stage_steps(const Recurrence& r, const SignalTile<L>& delta, const SignalTile<L>& driving,
-                                            const float (&bias)[kChannels], const float (&D)[kChannels],
-                                            float2 (&steps)[L::kSteps][kChannels], float (&skip)[L::kVectors][kVector]) {
+__device__ __forceinline__ void stage_steps(const Recurrence& r, int left, const SignalTile<L>& delta,
+                                            const SignalTile<L>& driving, const float (&bias)[kChannels],
+                                            const float (&D)[kChannels], float2 (&steps)[L::kSteps][kChannels], float (&skip)[L::kVectors][kVector]) {
     const Problem& p = r.problem;
 #pragma unroll
     for (int i = 0; i < L::kVectors; ++i) {
         const Spot spot = spot_of<L>(p, i);
-        if (spot.step >= L::kSteps || spot.channel >= kChannels) continue;
+        if (spot.step >= (Reverse ? L::kSteps : min(left, L::kSteps)) || spot.channel >= kChannels) continue;
         float size[kVector], u[kVector], constant[kVector];
         to_floats(delta.raw[i], p.delta.dtype, size);
         to_floats(driving.raw[i], r.driving.dtype, u);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kChannels* K, resident_blocks(K, S)) recurrenc
     for (int i = 0; i < tiles; ++i) {
         const int left = place.end - tile;
         float skip[L::kVectors][kVector];
-        stage_steps<L, Reverse>(r, delta, driving, bias, D, steps, skip);
+        stage_steps<L, Reverse>(r, left, delta, driving, bias, D, steps, skip);
         next_B.stage(incoming.dtype, p.along_steps, B);
         if constexpr (!Reverse) next_C.stage(outgoing.dtype, p.along_steps, C);
         __syncthreads();

@@ -59,9 +59,10 @@ struct Place {
     int channels, chunk, begin, end;       // steps from begin to end
 
     __device__ explicit Place(const Problem& p) {
-        block = blockIdx.x % p.group_blocks;
-        group = blockIdx.x / p.group_blocks % p.groups;
-        batch = blockIdx.x / p.group_blocks / p.groups;
+        const unsigned blocks = unsigned(p.group_blocks), groups = unsigned(p.groups);  // 64 bits divide slowly
+        block = blockIdx.x % blocks;
+        group = blockIdx.x / blocks % groups;
+        batch = blockIdx.x / blocks / groups;
         channel = group * p.group_channels + block * kChannels;
         channels = int(min(int64_t(kChannels), p.group_channels - block * kChannels));
         chunk = int(blockIdx.y);
