@@ -48,6 +48,26 @@ class WarpRegisters {
 };
 #endif
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+// C += A B without the instruction. Not inlined: kernels have dozens of them, and compilers would take minutes.
+__device__ __noinline__ float4 multiply_by_shuffles(float4 c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                                                    unsigned b1) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+    const WarpRegisters<6> all(own);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const unsigned upper = all.of(4 * g + k % 4, k / 4 * 2), lower = all.of(4 * g + k % 4, k / 4 * 2 + 1);
+        const unsigned left = all.of(8 * q + k % 4, 4 + k / 4), right = all.of(8 * q + 4 + k % 4, 4 + k / 4);
+        c.x += low_of(upper) * low_of(left) + high_of(upper) * high_of(left);
+        c.y += low_of(upper) * low_of(right) + high_of(upper) * high_of(right);
+        c.z += low_of(lower) * low_of(left) + high_of(lower) * high_of(left);
+        c.w += low_of(lower) * low_of(right) + high_of(lower) * high_of(right);
+    }
+    return c;
+}
+#endif
+
 // C += A B, with the registers in the order of the instruction.
 __device__ __forceinline__ void multiply(float& c0, float& c1, float& c2, float& c3, unsigned a0, unsigned a1, unsigned a2,
                                          unsigned a3, unsigned b0, unsigned b1) {
@@ -56,18 +76,8 @@ __device__ __forceinline__ void multiply(float& c0, float& c1, float& c2, float&
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
-    const WarpRegisters<6> all(own);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const unsigned upper = all.of(4 * g + k % 4, k / 4 * 2), lower = all.of(4 * g + k % 4, k / 4 * 2 + 1);
-        const unsigned left = all.of(8 * q + k % 4, 4 + k / 4), right = all.of(8 * q + 4 + k % 4, 4 + k / 4);
-        c0 += low_of(upper) * low_of(left) + high_of(upper) * high_of(left);
-        c1 += low_of(upper) * low_of(right) + high_of(upper) * high_of(right);
-        c2 += low_of(lower) * low_of(left) + high_of(lower) * high_of(left);
-        c3 += low_of(lower) * low_of(right) + high_of(lower) * high_of(right);
-    }
+    const float4 c = multiply_by_shuffles(make_float4(c0, c1, c2, c3), a0, a1, a2, a3, b0, b1);
+    c0 = c.x, c1 = c.y, c2 = c.z, c3 = c.w;
 #endif
 }
 
