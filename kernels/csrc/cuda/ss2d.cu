@@ -59,9 +59,9 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
         work.load_column(work.problem.rank + states + n, C);
         float state[4] = {};
         if (split)
-            load_four(rounds.at(1, work.batch, work.route, round, n, work.channel), 4, true, state);
+            load_four(rounds.at(1, work.batch, work.route, round, n, work.channel), true, state);
         else if (round > 0)
-            load_four(carried + (round % 2 * states + n) * kTile + 4 * lane.q, 4, true, state);
+            load_four(carried + (round % 2 * states + n) * kTile + 4 * lane.q, true, state);
         for (int warp = 0; warp < lane.warp; ++warp)
             apply(published + warp * 2 * kTile, published + (warp * 2 + 1) * kTile, state);
 #pragma unroll
@@ -75,7 +75,7 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
             state[c] = h;
         }
         if (!split && lane.warp == warps - 1 && lane.g == 7)
-            store_four(carried + ((round + 1) % 2 * states + n) * kTile + 4 * lane.q, 4, true, state);
+            store_four(carried + ((round + 1) % 2 * states + n) * kTile + 4 * lane.q, state);
     }
 }
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kForwardThreads)
     if (routes.split) block /= problem.rounds;
     const int tile = int(block % problem.tiles()), batch = int(block / problem.tiles());
     const int warps = blockDim.x / 32, states = kStates ? kStates : problem.states;
-    const int in_tile = threadIdx.x % 4 * 4, channel = tile * kTile + in_tile, count = problem.dim - channel;
+    const int in_tile = threadIdx.x % 4 * 4, channel = tile * kTile + in_tile;
     float* total = sums.data ? sums.data + int64_t(batch) * problem.length * sums.pitch + channel
                              : shared + (2 * warps * 2 + 2 * states) * kTile + in_tile;
 
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kForwardThreads)
             for (int j = 0; route == 0 && j < kRoutes; ++j)
 #pragma unroll
                 for (int c = 0; c < 4; ++c)
-                    if (c < count) skip[c] += problem.D[int64_t(j) * problem.dim + channel + c];
+                    if (work.exists) skip[c] += problem.D[int64_t(j) * problem.dim + channel + c];
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
                 if (i >= work.segment.count) break;
@@ -114,14 +114,14 @@ __global__ void __launch_bounds__(kForwardThreads)
 #pragma unroll
                     for (int c = 0; c < 4; ++c) before[c] *= skip[c];
                 } else {
-                    load_four(sum, 4, true, before);
+                    load_four(sum, true, before);
                 }
 #pragma unroll
                 for (int c = 0; c < 4; ++c) y[i][c] += before[c];
                 if (route < kRoutes - 1)
-                    store_four(sum, 4, true, y[i]);
-                else
-                    out.store(batch, work.segment.position[i], channel, count, y[i]);
+                    store_four(sum, y[i]);
+                else if (work.exists)
+                    out.store(batch, work.segment.position[i], channel, y[i]);
             }
         }
 }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kForwardThreads) summarize(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
         work.load_x(i, drive[i]);
-        if (kGradients) grad_y.load(work.batch, work.segment.position[i], work.channel, work.count, grad[i]);
+        if (kGradients) grad_y.load(work.batch, work.segment.position[i], work.channel, work.exists, grad[i]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             drive[i][c] = i < work.segment.count ? drive[i][c] * step[i][c] : 0.0f;
@@ -237,7 +237,7 @@ const char* run_forward(void* stream, const Problem<T>& problem, const Rounds& r
 
 }  // namespace
 
-// x and y (batch, length, dim), their channels adjacent; projections of the type of x; the other inputs float32, all
+// x and y (batch, length, dim), their channels adjacent, in aligned fours; the rank even; projections of the type of x; the other inputs float32, all
 // contiguous. sums: null, or (batch, length, 16 tiles) float32 in place of shared memory. maps: null, or those between
 // rounds if each of these is to have a block.
 VK_ENTRY(ss2d_forward)

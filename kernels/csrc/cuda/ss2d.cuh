@@ -20,6 +20,7 @@ constexpr int kGradientParts = sizeof(T) == 4 ? 3 : 2;
 
 template <class T>
 struct Problem {
+    // Dimensions are divisible by four, ranks by two, and vectors of so many elements aligned.
     const T* x;            // (batch, length, dim), the channels adjacent
     const T* projections;  // (batch, length, route, rank + 2 states), contiguous: step sizes of low rank, B, C
     const float* dt_weight;  // (route, dim, rank)
@@ -31,8 +32,6 @@ struct Problem {
     int batch, length, dim, rank, states;
     int step[kRoutes];  // raster distance to the next position
     int steps, rounds;  // positions of a segment; passes of a block of `warps` to the end of a route
-    bool aligned;       // four channels of x can be loaded at once
-    bool even;          // and two columns of the projections
 
     struct RouteSteps {
         int64_t of[kRoutes];
@@ -44,10 +43,7 @@ struct Problem {
           dt_weight(static_cast<const float*>(dt_weight->data)), dt_bias(static_cast<const float*>(dt_bias->data)),
           A(static_cast<const float*>(A->data)), D(static_cast<const float*>(D->data)), x_by_batch(x->stride[0]),
           x_by_position(int(x->stride[1])), batch(int(x->size[0])), length(int(x->size[1])), dim(int(x->size[2])),
-          rank(int(dt_weight->size[2])), states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)),
-          aligned(reinterpret_cast<uintptr_t>(x->data) % (4 * sizeof(T)) == 0 && x_by_batch % 4 == 0 &&
-                  x_by_position % 4 == 0),
-          even(rank % 2 == 0 && reinterpret_cast<uintptr_t>(projections->data) % (2 * sizeof(T)) == 0) {
+          rank(int(dt_weight->size[2])), states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)) {
         for (int j = 0; j < kRoutes; ++j) step[j] = int(route_steps.of[j]);
     }
 
@@ -72,30 +68,20 @@ struct alignas(4 * sizeof(T)) Four {
     T of[4];
 };
 
-// `count` of four adjacent elements; zero instead of the others.
+// Adjacent elements, or zeros instead of them.
 template <class T>
-__device__ __forceinline__ void load_four(const T* source, int count, bool aligned, float (&target)[4]) {
-    if (aligned && count >= 4) {
-        const Four<T> four = *reinterpret_cast<const Four<T>*>(source);
+__device__ __forceinline__ void load_four(const T* source, bool exist, float (&target)[4]) {
+    Four<T> four{};
+    if (exist) four = *reinterpret_cast<const Four<T>*>(source);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) target[c] = to_float(four.of[c]);
-    } else {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) target[c] = c < count ? to_float(source[c]) : 0.0f;
-    }
+    for (int c = 0; c < 4; ++c) target[c] = to_float(four.of[c]);
 }
 template <class T>
-__device__ __forceinline__ void store_four(T* target, int count, bool aligned, const float (&source)[4]) {
-    if (aligned && count >= 4) {
-        Four<T> four;
+__device__ __forceinline__ void store_four(T* target, const float (&source)[4]) {
+    Four<T> four;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) assign(four.of + c, source[c]);
-        *reinterpret_cast<Four<T>*>(target) = four;
-    } else {
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-            if (c < count) assign(target + c, source[c]);
-    }
+    for (int c = 0; c < 4; ++c) assign(four.of + c, source[c]);
+    *reinterpret_cast<Four<T>*>(target) = four;
 }
 
 // Images (batch, length, dim) with adjacent channels, whose type matters only where they are read or written.
@@ -103,11 +89,9 @@ struct Image {
     void* data;
     int64_t by_batch;
     int dtype, by_position;
-    bool aligned;
 
     explicit Image(const View* view)
-        : data(view->data), by_batch(view->stride[0]), dtype(int(view->dtype)), by_position(int(view->stride[1])),
-          aligned(reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && by_batch % 4 == 0 && by_position % 4 == 0) {}
+        : data(view->data), by_batch(view->stride[0]), dtype(int(view->dtype)), by_position(int(view->stride[1])) {}
 
     template <class Body>
     __device__ __forceinline__ void at(int batch, int position, int channel, const Body& body) const {
@@ -116,11 +100,11 @@ struct Image {
         if (dtype == kBFloat16) return body(static_cast<__nv_bfloat16*>(data) + offset);
         body(static_cast<__half*>(data) + offset);
     }
-    __device__ __forceinline__ void load(int batch, int position, int channel, int count, float (&target)[4]) const {
-        at(batch, position, channel, [&](auto* source) { load_four(source, count, aligned, target); });
+    __device__ __forceinline__ void load(int batch, int position, int channel, bool exists, float (&target)[4]) const {
+        at(batch, position, channel, [&](auto* source) { load_four(source, exists, target); });
     }
-    __device__ __forceinline__ void store(int batch, int position, int channel, int count, const float (&source)[4]) const {
-        at(batch, position, channel, [&](auto* target) { store_four(target, count, aligned, source); });
+    __device__ __forceinline__ void store(int batch, int position, int channel, const float (&source)[4]) const {
+        at(batch, position, channel, [&](auto* target) { store_four(target, source); });
     }
 };
 
@@ -153,12 +137,13 @@ template <class T, int kSteps>
 struct Work {
     const Problem<T>& problem;
     Lane lane;
-    int batch, route, tile, channel, count;  // the first of four channels, and how many of them there are
+    int batch, route, tile, channel;  // the first of four channels
+    bool exists;                     // they do; their number is divisible by four
     Segment<kSteps> segment;
 
     __device__ __forceinline__ Work(const Problem<T>& problem, int batch, int route, int tile, int round)
         : problem(problem), batch(batch), route(route), tile(tile), channel(tile * kTile + 4 * lane.q),
-          count(problem.dim - channel),
+          exists(channel < problem.dim),
           segment((round * int(blockDim.x / 4) + lane.warp * 8 + lane.g) * problem.steps, problem.steps,
                   problem.step[route], problem.length) {}
 
@@ -169,7 +154,7 @@ struct Work {
     }
     __device__ __forceinline__ void load_x(int i, float (&x)[4]) const {
         const T* image = problem.x + batch * problem.x_by_batch + channel;
-        load_four(image + segment.position[i] * problem.x_by_position, count, problem.aligned, x);
+        load_four(image + segment.position[i] * problem.x_by_position, exists, x);
     }
     // Column `column` of the projections at each position.
     __device__ __forceinline__ void load_column(int column, float (&target)[kSteps]) const {
@@ -189,13 +174,13 @@ struct Work {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             const int64_t row = int64_t(route) * problem.dim + channel + c;
-            rate[c] = c < count ? problem.A[row * problem.states + n] * kLog2E : 0.0f;
+            rate[c] = exists ? problem.A[row * problem.states + n] * kLog2E : 0.0f;
         }
     }
 
     // Columns first, first + 1 of the low-rank step sizes at a position; zeros beyond the rank.
     __device__ __forceinline__ Split<kPartsOf<T>> low_pair(int i, int first) const {
-        return load_pair(projections(segment.position[i]) + first, problem.rank - first, problem.even);
+        return load_pair(projections(segment.position[i]) + first, problem.rank - first, true);
     }
     // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks.
     __device__ __forceinline__ void load_low(int i, int rank, Split<kPartsOf<T>> (&low)[4]) const {
@@ -213,7 +198,7 @@ struct Work {
     __device__ __forceinline__ void step_sizes(float (&step)[kSteps][4]) const {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            const float bias = c < count ? problem.dt_bias[int64_t(route) * problem.dim + channel + c] : 0.0f;
+            const float bias = exists ? problem.dt_bias[int64_t(route) * problem.dim + channel + c] : 0.0f;
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) step[i][c] = bias;
         }
@@ -279,8 +264,8 @@ __device__ __forceinline__ Map exclude(Map map, int g) {
 // state = map(state) for four channels whose factors and offsets are in memory.
 __device__ __forceinline__ void apply(const float* factors, const float* offsets, float (&state)[4]) {
     float factor[4], offset[4];
-    load_four(factors, 4, true, factor);
-    load_four(offsets, 4, true, offset);
+    load_four(factors, true, factor);
+    load_four(offsets, true, offset);
 #pragma unroll
     for (int c = 0; c < 4; ++c) state[c] = factor[c] * state[c] + offset[c];
 }

@@ -51,7 +51,7 @@ struct Round {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             work.load_x(i, x[i]);
-            gradients.y.load(work.batch, work.segment.position[i], work.channel, work.count, grad_y[i]);
+            gradients.y.load(work.batch, work.segment.position[i], work.channel, work.exists, grad_y[i]);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
                 if (i >= work.segment.count) x[i][c] = grad_y[i][c] = 0;
@@ -116,8 +116,8 @@ struct Round {
         }
         __syncthreads();
         float state[4] = {}, gradient[4] = {}, rate[4], grad_A[4], sum_B[kSteps] = {}, sum_C[kSteps] = {};
-        if (before) load_four(before, 4, true, state);
-        if (behind) load_four(behind, 4, true, gradient);
+        if (before) load_four(before, true, state);
+        if (behind) load_four(behind, true, gradient);
         for (int warp = 0; warp < lane.warp; ++warp)
             apply(published + warp * 3 * kTile, published + (warp * 3 + 1) * kTile, state);
         for (int warp = warps - 1; warp > lane.warp; --warp)
@@ -156,20 +156,20 @@ struct Round {
         for (int j = 0; work.route == 0 && j < kRoutes; ++j)
 #pragma unroll
             for (int c = 0; c < 4; ++c)
-                if (c < work.count) skip[c] += problem.D[int64_t(j) * problem.dim + work.channel + c];
+                if (work.exists) skip[c] += problem.D[int64_t(j) * problem.dim + work.channel + c];
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             if (i >= work.segment.count) break;
             const int position = work.segment.position[i];
             float sum[4];
-            if (work.route > 0) load_four(total + position * pitch, 4, true, sum);
+            if (work.route > 0) load_four(total + position * pitch, true, sum);
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 sum[c] = (work.route > 0 ? sum[c] : skip[c] * grad_y[i][c]) + step[i][c] * grad_drive[i][c];
             if (work.route < kRoutes - 1)
-                store_four(total + position * pitch, 4, true, sum);
-            else
-                gradients.x.store(work.batch, position, work.channel, work.count, sum);
+                store_four(total + position * pitch, sum);
+            else if (work.exists)
+                gradients.x.store(work.batch, position, work.channel, sum);
         }
     }
 

@@ -65,6 +65,9 @@ def why_unable(x: Tensor, out_dtype: torch.dtype) -> str | None:
 
 def ss2d_cuda(library: Library, x, projections, dt_weight, dt_bias, A, D, routes, out_dtype) -> Tensor:
     """Return y, channels last. Shapes as in `vision_kernels.ss2d.unfused`."""
+    if x.numel() and _needs_padding(x, dt_weight):
+        padded = _padded(x, projections, dt_weight, dt_bias, A, D)
+        return ss2d_cuda(library, *padded, routes, out_dtype)[:, : x.shape[1]]
     batch, dim, height, width = x.shape
     y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.channels_last)
     if x.numel() == 0:
@@ -85,16 +88,55 @@ def ss2d_cuda(library: Library, x, projections, dt_weight, dt_bias, A, D, routes
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """Return (batch, length, dim), whose channels are adjacent: a view of the image if it is channels last."""
+    """Return (batch, length, dim) with adjacent channels in aligned fours: a view of most channels-last images."""
+    batch, dim, height, width = image.shape
+    by_batch, by_channel, by_row, by_column = image.stride()
     pixels = image.permute(0, 2, 3, 1)
-    if image.stride(1) != 1 or image.stride(2) != image.shape[3] * image.stride(3):
-        pixels = pixels.contiguous()
-    return pixels.flatten(1, 2)
+    readable = by_channel == 1 and by_row == width * by_column and (by_batch | by_column) % 4 == 0
+    if not readable or image.data_ptr() % 16:
+        pixels = pixels.clone(memory_format=torch.contiguous_format)
+    return pixels.as_strided((batch, height * width, dim), (pixels.stride(0), pixels.stride(2), 1))
+
+
+def _padded(x, projections, dt_weight, dt_bias, A, D) -> tuple[Tensor, ...]:
+    """Return the same with zeros behind the channels and behind the rank, as many as the kernels need."""
+    rank, states, channels = dt_weight.shape[2], A.shape[1], -x.shape[1] % 4
+    low, others = projections.split([rank, 2 * states], dim=3)
+    pad = torch.nn.functional.pad
+    return (
+        pad(x, (0, 0, 0, 0, 0, channels)),
+        torch.cat([pad(low, (0, rank % 2)), others], dim=3),
+        pad(dt_weight, (0, rank % 2, 0, channels)),
+        pad(dt_bias, (0, channels)),
+        pad(A.unflatten(0, (4, -1)), (0, 0, 0, channels)).flatten(0, 1),
+        pad(D.view(4, -1), (0, channels)).flatten(),
+    )
+
+
+def _cut(grads: tuple[Tensor, ...], x, projections, dt_weight, dt_bias, A, D) -> tuple[Tensor, ...]:
+    """Return gradients without the rows and columns that `_padded` added."""
+    dim, rank, states = x.shape[1], dt_weight.shape[2], A.shape[1]
+    grad_x, grad_projections, grad_weight, grad_bias, grad_A, grad_D = grads
+    return (
+        grad_x[:, :dim],
+        torch.cat([grad_projections[..., :rank], grad_projections[..., -2 * states :]], dim=3),
+        grad_weight[:, :dim, :rank],
+        grad_bias[:, :dim],
+        grad_A.unflatten(0, (4, -1))[:, :dim].flatten(0, 1),
+        grad_D.view(4, -1)[:, :dim].flatten(),
+    )
+
+
+def _needs_padding(x: Tensor, dt_weight: Tensor) -> bool:
+    return x.shape[1] % 4 != 0 or dt_weight.shape[2] % 2 != 0
 
 
 def _arguments(x, projections, dt_weight, dt_bias, A, D, routes) -> list[Tensor | int]:
     dtype = x.dtype if x.dtype == projections.dtype else torch.float32
-    maps = _pixels(x.detach()).to(dtype), projections.detach().to(dtype).contiguous()
+    projections = projections.detach().to(dtype).contiguous()
+    if projections.data_ptr() % 8:  # two elements of float32 are loaded at once
+        projections = projections.clone()
+    maps = _pixels(x.detach().to(dtype)), projections
     parameters = [each.detach().float().contiguous() for each in (dt_weight, dt_bias, A, D)]
     return [*maps, *parameters, *(route.step(x.shape[3]) for route in ROUTES[routes])]
 
@@ -132,6 +174,9 @@ def ss2d_cuda_backward(
     inputs = (x, projections, dt_weight, dt_bias, A, D)
     if x.numel() == 0:
         return tuple(torch.zeros_like(each) for each in inputs)
+    if _needs_padding(x, dt_weight):
+        grad_y = torch.nn.functional.pad(grad_y, (0, 0, 0, 0, 0, -x.shape[1] % 4))
+        return _cut(ss2d_cuda_backward(library, grad_y, *_padded(*inputs), routes), *inputs)
     (batch, dim, height, width), (_, _, rank), states = x.shape, dt_weight.shape, A.shape[1]
     arguments = _arguments(*inputs, routes)
     tiles, length, rows = -(-dim // _TILE), height * width, rank + states + 2
