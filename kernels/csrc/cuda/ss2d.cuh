@@ -71,10 +71,17 @@ struct alignas(4 * sizeof(T)) Four {
 // Adjacent elements, or zeros instead of them.
 template <class T>
 __device__ __forceinline__ void load_four(const T* source, bool exist, float (&target)[4]) {
-    Four<T> four{};
-    if (exist) four = *reinterpret_cast<const Four<T>*>(source);
+    if constexpr (kPartsOf<T> == 1) {
+        uint2 pairs{0, 0};
+        if (exist) pairs = *reinterpret_cast<const uint2*>(source);
+        target[0] = low_of(pairs.x), target[1] = high_of(pairs.x);
+        target[2] = low_of(pairs.y), target[3] = high_of(pairs.y);
+    } else {
+        Four<T> four{};
+        if (exist) four = *reinterpret_cast<const Four<T>*>(source);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) target[c] = to_float(four.of[c]);
+        for (int c = 0; c < 4; ++c) target[c] = to_float(four.of[c]);
+    }
 }
 template <class T>
 __device__ __forceinline__ void store_four(T* target, const float (&source)[4]) {
@@ -124,10 +131,10 @@ struct Segment {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             position[i] = p;
-            if (i + 1 >= count) continue;
-            p += step;
-            if (p >= length) p -= length - 1;
-            if (p < 0) p += length - 1;
+            int next = p + step;
+            next = next >= length ? next - (length - 1) : next;
+            next = next < 0 ? next + (length - 1) : next;
+            p = i + 1 < count ? next : p;
         }
     }
 };
@@ -152,9 +159,10 @@ struct Work {
         const T* image = problem.projections + (int64_t(batch) * problem.length * kRoutes + route) * problem.columns();
         return image + position * (kRoutes * problem.columns());
     }
+    // Channels that do not exist get some numbers: what comes of them is not written.
     __device__ __forceinline__ void load_x(int i, float (&x)[4]) const {
-        const T* image = problem.x + batch * problem.x_by_batch + channel;
-        load_four(image + segment.position[i] * problem.x_by_position, exists, x);
+        const T* image = problem.x + batch * problem.x_by_batch + min(channel, problem.dim - 4);
+        load_four(image + segment.position[i] * problem.x_by_position, true, x);
     }
     // Column `column` of the projections at each position.
     __device__ __forceinline__ void load_column(int column, float (&target)[kSteps]) const {

@@ -60,7 +60,12 @@ def plan_of(
 def why_unable(x: Tensor, out_dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot compute this, or None if they can."""
     unable = [dtype for dtype in (x.dtype, out_dtype) if dtype not in _DTYPES]
-    return f"computes float32, float16 and bfloat16, not {unable[0]}" if unable else None
+    if unable:
+        return f"computes float32, float16 and bfloat16, not {unable[0]}"
+    _, dim, height, width = x.shape
+    if height * width * max(4 * dim, abs(x.stride(3))) >= 2**31:  # offsets inside of an image have 32 bits
+        return f"takes smaller images than {height} x {width} with {dim} channels"
+    return None
 
 
 def ss2d_cuda(library: Library, x, projections, dt_weight, dt_bias, A, D, routes, out_dtype) -> Tensor:
