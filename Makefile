@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 SEGMENTATION_CONFIG ?= configs/mamba_vision/upernet_mamba_vision_digits.py
 
-.PHONY: help env demo demo-detection demo-segmentation test bench lint format clean
+.PHONY: help env demo demo-detection demo-segmentation test bench bench-gpu lint format clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 19
@@ -31,6 +31,9 @@ test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 
 bench: $(READY)  ## Measure the kernels and models on this machine's CPU
 	$(BIN)/python kernels/benchmarks/cpu.py
+
+bench-gpu: $(READY)  ## Build, check and measure the kernels and models on this machine's GPU
+	PYTHON=$(CURDIR)/$(BIN)/python bash kernels/benchmarks/gpu.sh output/gpu
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

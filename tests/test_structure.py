@@ -26,7 +26,7 @@ PROGRAMS = {
 }
 MAY_IMPORT = {
     "kernels/vision_kernels": {"torch", "triton"},
-    "kernels/benchmarks": {"vision_kernels", "mambavision", "torch", "timm", "compare"},
+    "kernels/benchmarks": {"vision_kernels", "mambavision", "torch", "timm", "mamba_ssm"},
     "mambavision/openmmlab": {
         "vision_kernels",
         "torch",

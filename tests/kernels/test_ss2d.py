@@ -363,10 +363,19 @@ def test_cuda_kernels_may_cut_routes_up(monkeypatch, shared_sums, split):
     arguments = inputs(2, 21, 5, 9, 3, 2, dtype=torch.float16)
     expected = with_gradients([each.double() for each in arguments], 1.0, function=ss2d)
     monkeypatch.setattr(cuda, "plan_of", lambda *shape: cuda.Plan(2, 2, 2, shared_sums))
-    monkeypatch.setattr(cuda, "_PROCESSORS", 132 if split else 1)
+    monkeypatch.setattr(cuda, "gpu_of", lambda device: cuda.Gpu(132 if split else 1, 0))
     monkeypatch.setenv(BACKEND_VARIABLE, f"ss2d={emulation.BACKEND}")
     for name, ours, truth in zip(("y", *TENSORS), with_gradients(arguments, 1.0), expected, strict=True):
         assert relative_rms(ours, truth) < 2e-3, name
+
+
+@pytest.mark.parametrize("gpu", [cuda.Gpu(132, 225 << 10), cuda.Gpu(40, 62 << 10)], ids=["large GPU", "small GPU"])
+@pytest.mark.parametrize("length", [1, 49, 3136, 2**20])
+@pytest.mark.parametrize("bytes_of_warp", [512, 5000])
+def test_cuda_plans_cover_the_route_and_fit_the_gpu(gpu, length, bytes_of_warp):
+    plan = cuda.plan_of(gpu, 64, length, 4, 12, bytes_of_warp, 0.8)
+    assert plan.warps * plan.steps * plan.rounds * 8 >= length
+    assert plan.warps * bytes_of_warp + plan.shared_sums * length * 64 <= gpu.shared_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

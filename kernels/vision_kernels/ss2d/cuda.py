@@ -12,10 +12,24 @@ from vision_kernels.cuda import Library
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 16  # kTile in csrc/cuda/ss2d.cuh: channels of a block
 _SEGMENTS = 8  # of a route, to each warp
-# What kernels are laid out for: an H100 or H200. Others run them too.
-_PROCESSORS = 132
-_SHARED_BYTES = 225 << 10
 _FORWARD_WARPS, _BACKWARD_WARPS = 14, 12
+_STATIC_SHARED_BYTES = 2 << 10  # that a block needs besides, at most
+
+
+class Gpu(NamedTuple):
+    """What a plan depends on."""
+
+    processors: int
+    shared_bytes: int  # that a block may use
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Return the limits of a GPU; emulated on a CPU, those of an H200."""
+    if device.type != "cuda":
+        return Gpu(132, 225 << 10)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin - _STATIC_SHARED_BYTES)
 
 
 class Plan(NamedTuple):
@@ -29,11 +43,12 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan_of(
-    blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_warp: int, worth_of_rounds: float
+    gpu: Gpu, blocks: int, length: int, max_steps: int, max_warps: int, bytes_of_warp: int, worth_of_rounds: float
 ) -> Plan:
     """Return the plan that keeps most lanes of the GPU busy.
 
     Args:
+        gpu: That it is for.
         blocks: Of the whole grid.
         length: Of a route.
         max_steps: Of a segment.
@@ -47,7 +62,7 @@ def plan_of(
             rounds = -(-length // (_SEGMENTS * max_steps * warps))
             steps = -(-length // (_SEGMENTS * warps * rounds))
             used = warps * bytes_of_warp + shared_sums * length * _TILE * 4
-            together = min(max_warps // warps, _SHARED_BYTES // used, -(-blocks // _PROCESSORS))
+            together = min(max_warps // warps, gpu.shared_bytes // used, -(-blocks // gpu.processors))
             efficiency = length / (_SEGMENTS * warps * rounds * steps)
             score = together * warps * efficiency * (steps / (steps + 1)) * (1 if rounds == 1 else worth_of_rounds)
             if score > best:
@@ -80,9 +95,10 @@ def ss2d_cuda(library: Library, x, projections, dt_weight, dt_bias, A, D, routes
     arguments = _arguments(x, projections, dt_weight, dt_bias, A, D, routes)
     tiles, states, length = -(-dim // _TILE), A.shape[1], height * width
     steps = 8 if states == 1 else 4  # kForwardSteps in csrc/cuda/ss2d.cu
-    plan = plan_of(batch * tiles, length, steps, _FORWARD_WARPS, 4 * _TILE * (4 + 2 * states), 1)
+    gpu = gpu_of(x.device)
+    plan = plan_of(gpu, batch * tiles, length, steps, _FORWARD_WARPS, 4 * _TILE * (4 + 2 * states), 1)
     maps = sums = None
-    if plan.rounds > 1 and 2 * batch * tiles <= _PROCESSORS:
+    if plan.rounds > 1 and 2 * batch * tiles <= gpu.processors:
         plan = plan._replace(shared_sums=False)
         maps = x.new_empty(2 * batch * 4, plan.rounds, states, tiles * _TILE, dtype=torch.float32)
         library.call("ss2d_maps", *arguments, *plan[:3], None, maps)
@@ -154,9 +170,9 @@ class _Shares(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _shares_of(batch: int, tiles: int, plan: Plan, bytes_of_part: int, bytes_of_group: int) -> _Shares:
+def _shares_of(gpu: Gpu, batch: int, tiles: int, plan: Plan, bytes_of_part: int, bytes_of_group: int) -> _Shares:
     """Return the shares that need least memory for partial sums among those that keep most of the GPU busy."""
-    slots = _PROCESSORS * (_BACKWARD_WARPS // plan.warps)
+    slots = gpu.processors * (_BACKWARD_WARPS // plan.warps)
 
     def busy(shares: _Shares) -> float:
         waves = -(-shares.parts * shares.groups // slots)
@@ -185,12 +201,13 @@ def ss2d_cuda_backward(
     (batch, dim, height, width), (_, _, rank), states = x.shape, dt_weight.shape, A.shape[1]
     arguments = _arguments(*inputs, routes)
     tiles, length, rows = -(-dim // _TILE), height * width, rank + states + 2
-    plan = plan_of(batch * tiles, length, 4, _BACKWARD_WARPS, 4 * _TILE * (6 + rows), 0.8)
-    split = plan.rounds > 1 and 2 * batch * tiles <= _PROCESSORS
+    gpu = gpu_of(x.device)
+    plan = plan_of(gpu, batch * tiles, length, 4, _BACKWARD_WARPS, 4 * _TILE * (6 + rows), 0.8)
+    split = plan.rounds > 1 and 2 * batch * tiles <= gpu.processors
     if split:
         plan, shares, sets = plan._replace(shared_sums=False), _Shares(tiles, batch), batch * plan.rounds
     else:
-        shares = _shares_of(batch, tiles, plan, 4 * projections.numel(), 4 * 4 * rows * tiles * _TILE)
+        shares = _shares_of(gpu, batch, tiles, plan, 4 * projections.numel(), 4 * 4 * rows * tiles * _TILE)
         sets = shares.groups
     grad_y = _pixels(grad_y)
     new = functools.partial(x.new_empty, dtype=torch.float32)
