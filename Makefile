@@ -33,7 +33,7 @@ bench: $(READY)  ## Measure the kernels and models on this machine's CPU
 	$(BIN)/python kernels/benchmarks/cpu.py
 
 bench-gpu: $(READY)  ## Build, check and measure the kernels and models on this machine's GPU
-	PYTHON=$(CURDIR)/$(BIN)/python bash kernels/benchmarks/gpu.sh output/gpu
+	PYTHON=$(BIN)/python bash kernels/benchmarks/gpu.sh output/gpu
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .
