@@ -35,6 +35,7 @@ INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = AVX2
     INSTRUCTION_SETS["avx512"] = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+OLDEST_GPU = 75  # the kernels use instructions of this compute capability
 CUDA_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -74,7 +75,7 @@ class BuildKernels(build_ext):
         if compiler is None:
             target.unlink(missing_ok=True)  # of an earlier build
             return
-        flags = [*CUDA_FLAGS, *architectures()]
+        flags = [*CUDA_FLAGS, *architectures(compiler)]
         commands = {
             f"{source.stem}_cuda.o": [compiler, *flags, "-c", str(source)]
             for source in sorted((SOURCES / "cuda").glob("*.cu"))
@@ -132,20 +133,32 @@ def has_gpu() -> bool:
     return bool(lister) and subprocess.run([lister, "-L"], capture_output=True).returncode == 0
 
 
-def architectures() -> list[str]:
+def architectures(compiler: str) -> list[str]:
     """Return nvcc's options for the GPUs to build for."""
-    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
-    if wanted == [""]:
-        return ["-arch=native" if has_gpu() else "-arch=all-major"]
+    setting = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
+    if not setting and has_gpu():
+        return ["-arch=native"]
     options = []
-    for each in wanted:
+    for each in re.split(r"[;,\s]+", setting) if setting else all_generations(compiler):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", each)
         if parts is None:
             raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST contains {each!r}: write it as 8.0 or 9.0+PTX")
-        number = "".join(parts.group(1, 2, 3))
-        code = f"[sm_{number},compute_{number}]" if parts.group(4) else f"sm_{number}"
-        options.append(f"-gencode=arch=compute_{number},code={code}")
+        number = "".join(parts.group(1, 2))
+        if int(number) >= OLDEST_GPU:  # images with PyTorch name every GPU that it knows
+            number += parts.group(3)
+            code = f"[sm_{number},compute_{number}]" if parts.group(4) else f"sm_{number}"
+            options.append(f"-gencode=arch=compute_{number},code={code}")
+    if not options:
+        raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST={setting} names no GPU of compute capability 7.5 or newer")
     return options
+
+
+def all_generations(compiler: str) -> list[str]:
+    """Return the first GPU of every generation that the toolkit knows, the newest with code for later ones."""
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    numbers = sorted({int(number) for number in re.findall(r"sm_(\d+)\b", known)})
+    first = [number for number in numbers if number == OLDEST_GPU or (number > OLDEST_GPU and number % 10 == 0)]
+    return [f"{number // 10}.{number % 10}" for number in first[:-1]] + [f"{first[-1] // 10}.{first[-1] % 10}+PTX"]
 
 
 class BinaryWheel(bdist_wheel):

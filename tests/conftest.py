@@ -70,6 +70,15 @@ def _untouched_logger():
     own.propagate = True
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_default_scope():
+    """The OpenMMLab library that a program makes the default stays it for the process: each file begins without one."""
+    if "mmengine" in sys.modules:
+        from mmengine.registry import DefaultScope
+
+        DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture(params=SMALL)
 def small_model(request):
     """A small model of each architecture, with random weights, in evaluation mode."""

@@ -156,6 +156,25 @@ def test_adjacent_channels_in_half_precision(backend, batch, dim, length, state,
         assert relative_rms(grad, truth) <= 1e-2, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sequences_may_be_transposed_views(backend, dtype):
+    """Memory with the channels last, and gradients that come in it, but channels_last=False."""
+    arguments = inputs(dim=36, length=21, state=8, groups=1, dtype=dtype)
+    turned = [
+        each.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
+        if isinstance(each, torch.Tensor) and each.ndim > 2
+        else each
+        for each in arguments
+    ]
+    y, same = selective_scan(*arguments), selective_scan(*turned)
+    grad = torch.randn(2, 21, 36, dtype=dtype).transpose(1, 2)
+    tensors = [[each for each in side if isinstance(each, torch.Tensor)] for side in (arguments, turned)]
+    expected = torch.autograd.grad(y, tensors[0], grad.contiguous())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, truth in zip([same, *torch.autograd.grad(same, tensors[1], grad)], [y, *expected], strict=True):
+        assert relative_rms(ours, truth) < tolerance
+
+
 def test_output_may_have_another_type(backend):
     arguments = inputs(dtype=torch.bfloat16, length=33)
     y = selective_scan(*arguments, out_dtype=torch.float32)
@@ -165,6 +184,9 @@ def test_output_may_have_another_type(backend):
     y.sum().backward()
     assert arguments[0].grad.dtype == torch.bfloat16
     assert selective_scan(*inputs(), out_dtype=torch.bfloat16).dtype == torch.bfloat16
+    y = selective_scan(*inputs(), out_dtype=torch.float64)
+    assert y.dtype == torch.float64
+    y.sum().backward()
 
 
 def test_channels_may_share_step_sizes(backend):

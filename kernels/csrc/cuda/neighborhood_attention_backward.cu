@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
                     float &weight = weights[half][2 * i + k], &grad = grad_logits[half][2 * i + k];
                     // Zero where the query does not see the key, even if the query's logits are no numbers.
                     weight = weight == -INFINITY ? 0.0f : exp2_fast(weight * kLog2E - logarithm);
-                    grad = weight * (grad - mean);
+                    grad = weight == 0.0f ? 0.0f : weight * (grad - mean);
                 }
             }
         }

@@ -307,8 +307,9 @@ VK_ENTRY(selective_scan_backward)(void* stream, const View* grad_y, const View* 
         error = start_chunks(p, p.u, false, floats(starts), floats(totals), stream);
         if (!error) error = start_chunks(p, r.y, true, floats(carries), floats(totals), stream);
     }
+    const bool vectors = r.y.vectors && r.u.vectors && r.delta.vectors;  // the gradients may lie another way than u
     if (!error)
-        error = for_states(p.states, r.y.vectors ? packed_type(p) : kAnyType, [&](auto lanes, auto states, auto type) {
+        error = for_states(p.states, vectors ? packed_type(p) : kAnyType, [&](auto lanes, auto states, auto type) {
             constexpr int K = decltype(lanes)::value, S = decltype(states)::value, kType = decltype(type)::value;
             return launch(gradients<K, S, kType>, dim3(p.blocks(), unsigned(p.chunks)), kChannels * K, 0, stream, r);
         });

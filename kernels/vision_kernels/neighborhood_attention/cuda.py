@@ -25,6 +25,11 @@ def why_unable(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, k
         return f"takes head_dim up to {_MAX_DIM}, not {query.shape[4]}"
     if kernel_size > _MAX_KERNEL_SIZE:
         return f"takes kernel_size up to {_MAX_KERNEL_SIZE}, not {kernel_size}"
+    if bias is not None and query.is_cuda:
+        partners = -(-((kernel_size + 3) ** 2) // 16) * 16
+        bytes_of_warp = 4 * (16 * partners + (2 * kernel_size - 1) ** 2)
+        if bytes_of_warp > torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin:
+            return f"the GPU has too little shared memory for kernel_size {kernel_size} with a bias"
     return None
 
 

@@ -28,6 +28,20 @@ from vision_kernels.neighborhood_attention.torch_attention import (
 from vision_kernels.registration import register
 from vision_kernels.triton_support import compiled_by_triton
 
+_CAPABILITY_OF_HOPPER = (9, 0)
+
+
+def _why_not_triton(query: Tensor, *others: object) -> str | None:
+    """Return why tiles of the Triton kernels do not fit into the shared memory of the GPU, or None if they do."""
+    if query.is_cuda:
+        least = torch.cuda.get_device_capability(query.device)
+        most = 512 if least >= _CAPABILITY_OF_HOPPER else 256  # bytes of a head, rounded up to a power of two
+        alike = all(each.dtype == query.dtype for each in others[:2])
+        if (1 << (query.shape[4] - 1).bit_length()) * (query.element_size() if alike else 4) > most:
+            return f"the GPU has too little shared memory for head_dim {query.shape[4]} in {query.dtype}"
+    return why_not_float32(query, *others)
+
+
 OPERATOR = Operator(
     "neighborhood_attention",
     (
@@ -37,6 +51,7 @@ OPERATOR = Operator(
             "vision_kernels.neighborhood_attention.triton_attention",
             "neighborhood_attention_triton",
             "neighborhood_attention_triton_backward",
+            _why_not_triton,
         ),
         Implementation(
             "torch",

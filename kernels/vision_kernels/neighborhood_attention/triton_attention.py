@@ -42,8 +42,10 @@ def _options(query: Tensor, kernel_size: int) -> dict[str, int]:
     """The constants of all kernels."""
     dim = query.shape[4]
     dims = max(_LEAST_DIM, 1 << (dim - 1).bit_length())
-    warps = 4 if dims <= 32 else 8
-    return {"KERNEL": kernel_size, "DIM": dim, "DIMS": dims, "ROWS": _SIDE, "COLUMNS": _SIDE, "num_warps": warps}
+    # Large heads leave no shared memory for loads ahead of their use.
+    warps, stages = (4, 3) if dims <= 32 else (8, 1)
+    constants = {"KERNEL": kernel_size, "DIM": dim, "DIMS": dims, "ROWS": _SIDE, "COLUMNS": _SIDE}
+    return constants | {"num_warps": warps, "num_stages": stages}
 
 
 def _products(element: Tensor) -> dict[str, int | str]:

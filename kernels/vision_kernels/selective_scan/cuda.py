@@ -28,12 +28,13 @@ def selective_scan_cuda(
     library: Library, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype
 ) -> Tensor:
     """Return y with the shape of u. Shapes as in the operator."""
-    y = torch.empty_like(u, dtype=out_dtype, memory_format=torch.contiguous_format)
+    dtype = torch.float32 if out_dtype == torch.float64 else out_dtype
+    y = torch.empty_like(u, dtype=dtype, memory_format=torch.contiguous_format)
     chunk, chunks = _chunks(u, B, channels_last)
     ends, totals = _chunk_states(u, A, chunks), _chunk_sums(u, A, chunks)
     inputs = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last)
     library.call("selective_scan_forward", *inputs, y, chunk, ends, totals)
-    return y
+    return y.to(out_dtype)
 
 
 def selective_scan_cuda_backward(
@@ -56,6 +57,7 @@ def selective_scan_cuda_backward(
     states = next(count for count in (1, 4, 8, _MOST_STATES) if A.shape[1] <= count)
     checkpoints = A.new_empty(u.shape[0] * groups * blocks, tiles, states, _BLOCK_CHANNELS, dtype=torch.float32)
     starts, carries = (_chunk_states(u, A, chunks) for _ in range(2))
+    grad_y = grad_y.float() if grad_y.dtype == torch.float64 else grad_y
     inputs = (grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, chunk)
     workspace = (checkpoints, starts, carries, _chunk_sums(u, A, chunks))
     library.call("selective_scan_backward", *inputs, *grads, *parts, *workspace)

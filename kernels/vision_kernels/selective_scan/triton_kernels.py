@@ -22,6 +22,9 @@ import triton.language as tl
 
 from vision_kernels.triton_math import LOG2_E, load_steps, sigmoid, softplus
 
+# Known to be 1 or a multiple of 16, they would have every kernel compiled again, and for no better code.
+_SIZES = ("length", "blocks", "chunks", "chunk_steps")
+
 
 @triton.jit
 def _place(dim, share, blocks, chunks, BLOCK: tl.constexpr):
@@ -58,7 +61,7 @@ def _step_size(delta, bias, valid, SOFTPLUS: tl.constexpr):
     return tl.where(valid, step, 0.0), raw
 
 
-@triton.jit(do_not_specialize=["unit", "B_n", "C_n"])
+@triton.jit(do_not_specialize=["unit", "B_n", "C_n", *_SIZES])
 def scan_forward(
     u, delta, A, B, C, D, bias, y, totals, states,
     length, dim, share, blocks, chunks, chunk_steps, unit,
@@ -121,7 +124,7 @@ def scan_forward(
         tl.store(totals + row * dim + channel, total, mask=exists)
 
 
-@triton.jit(do_not_specialize=["unit", "C_n"])
+@triton.jit(do_not_specialize=["unit", "C_n", *_SIZES])
 def scan_adjoint(
     grad_y, delta, A, C, bias, adjoints,
     length, dim, share, blocks, chunks, chunk_steps, unit,
@@ -156,7 +159,7 @@ def scan_adjoint(
     tl.store(at, handed, mask=exists[:, None])
 
 
-@triton.jit(do_not_specialize=["unit"])
+@triton.jit(do_not_specialize=["unit", "blocks", "chunks"])
 def chain(
     totals, states, A, dim, blocks, chunks, rows, unit,
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, BACKWARDS: tl.constexpr,
@@ -190,7 +193,7 @@ def chain(
             h = tl.exp2(total[k][:, None] * exponent) * h + handed[k]
 
 
-@triton.jit(do_not_specialize=["unit", "B_n", "C_n"])
+@triton.jit(do_not_specialize=["unit", "B_n", "C_n", *_SIZES, "all_steps"])
 def scan_backward(
     grad_y, u, delta, A, B, C, D, bias, starts, adjoints, boundaries,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,

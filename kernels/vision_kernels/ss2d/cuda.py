@@ -29,7 +29,10 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(132, 225 << 10)
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin - _STATIC_SHARED_BYTES)
+    return Gpu(
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", 48 << 10) - _STATIC_SHARED_BYTES,
+    )
 
 
 class Plan(NamedTuple):
@@ -114,7 +117,8 @@ def _pixels(image: Tensor) -> Tensor:
     by_batch, by_channel, by_row, by_column = image.stride()
     pixels = image.permute(0, 2, 3, 1)
     readable = by_channel == 1 and by_row == width * by_column and (by_batch | by_column) % 4 == 0
-    if not readable or image.data_ptr() % 16:
+    too_far_apart = height * width * by_column >= 2**31  # for offsets of 32 bits inside of an image
+    if not readable or too_far_apart or image.data_ptr() % 16:
         pixels = pixels.clone(memory_format=torch.contiguous_format)
     return pixels.as_strided((batch, height * width, dim), (pixels.stride(0), pixels.stride(2), 1))
 

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from vision_kernels.triton_math import LOG2_E, load_steps, sigmoid, softplus
 
+_SIZES = ("height", "width", "blocks", "chunks")  # not to compile again for each kind of them: see there
+
 
 @triton.jit
 def _walk(route, height, width, stride_h, stride_w, COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr):
@@ -83,7 +85,7 @@ def _step_size(low, weight, shift, valid, K: tl.constexpr, RANK: tl.constexpr):
     return tl.where(valid, softplus(raw), 0.0), raw
 
 
-@triton.jit(do_not_specialize=["first_route", "unit"])
+@triton.jit(do_not_specialize=["first_route", "unit", *_SIZES])
 def ss2d_forward(
     x, projections, weight, bias, A, D, before, y, totals, states,
     first_route, height, width, dim, blocks, chunks, x_b, x_d, x_h, x_w, p_b, p_l, p_j, unit, y_b, y_d, y_h, y_w,
@@ -161,7 +163,7 @@ def ss2d_forward(
         tl.store(totals + row * dim + channel, total, mask=exists)
 
 
-@triton.jit(do_not_specialize=["unit"])
+@triton.jit(do_not_specialize=["unit", *_SIZES])
 def ss2d_adjoint(
     grad_y, projections, weight, bias, A, adjoints,
     height, width, dim, blocks, chunks, g_b, g_d, g_h, g_w, p_b, p_l, p_j, unit,
@@ -202,7 +204,7 @@ def ss2d_adjoint(
     tl.store(adjoints + of_chunk, handed, mask=exists[:, None])
 
 
-@triton.jit(do_not_specialize=["route", "unit"])
+@triton.jit(do_not_specialize=["route", "unit", *_SIZES])
 def ss2d_backward(
     grad_y, x, projections, weight, bias, A, D, starts, adjoints, boundaries,
     before, grad_x, grad_raw, grad_couplings, grad_A, grad_D, grad_bias,
