@@ -24,7 +24,8 @@ import torch
 from compare import ROUNDS, Row, compare, machine, report, require_agreement
 from torch import Tensor
 
-from vision_kernels import cross_merge, cross_scan, selective_scan, ss2d
+from vision_kernels import cross_merge, cross_scan, mamba_mixer, selective_scan, ss2d
+from vision_kernels.backends import OPERATORS
 
 BATCH = 128
 CALLS = 10  # of a function in one CUDA graph
@@ -108,6 +109,24 @@ def scan() -> Iterator[Row]:
         for mine, truth in zip(both[0](), both[1](), strict=True):
             require_agreement(f"gradient of {what}", mine, truth.transpose(1, 2) if truth.ndim == 3 else truth, 2e-2)
         yield compare(f"{what} forward + backward", *both, 2.5, 4, kernel_medians_ms)
+
+
+def mixer() -> Iterator[Row]:
+    """MambaVision's mixer between its outer projections at the shapes of MambaVision-T: fused, against its parts."""
+    parts = OPERATORS["mamba_mixer"].named("composed").forward
+    for inner, length, aim_us in ((160, 196, 20), (320, 49, 14)):
+        what, state, rank = f"mixer ({inner},{length},8)", 8, inner // 8
+        weights = normal(2 * inner, 3), normal(rank + 2 * state, inner) * inner**-0.5, normal(inner, rank) * rank**-0.5
+        vectors = normal(inner), -torch.rand(inner, state, device="cuda") - 0.2, normal(inner), normal(inner)
+        arguments = normal(BATCH, length, 2 * inner), *(each.float() for each in (*weights, *vectors))
+        # The parts get the copies of weights that autocast makes, without the time that it takes.
+        halves = *arguments[:2], *(each.bfloat16() for each in arguments[2:5]), *arguments[5:]
+        ours, peer = functools.partial(mamba_mixer, *arguments), functools.partial(parts, *halves)
+        with torch.no_grad():
+            require_agreement(what, ours(), peer(), 2e-2)
+            row = compare(f"{what} forward", ours, peer, 2, 3, kernel_medians_ms)
+        yield row
+        yield Row(f"{what} forward, time", row.ours, aim_us / 1e3, row.ours / aim_us * 1e3, 2, 1, "of the aim")
 
 
 def unfused_ss2d(x, x_proj_weight, dt_weight, dt_bias, A, D) -> Tensor:
@@ -271,7 +290,7 @@ def gpu() -> dict[str, str]:
 def main() -> None:
     """Run all sections, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"scan": scan, "ss2d": scan_2d, "models": None, "compiled": compiled}
+    sections = {"scan": scan, "mixer": mixer, "ss2d": scan_2d, "models": None, "compiled": compiled}
     parser.add_argument("--only", choices=sections, help="one section instead of all")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="where the published mambavision is installed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")

@@ -4,6 +4,9 @@ Every operator owns a list of implementations in order of preference. The first 
 of the inputs and can compute them runs, unless the environment variable ``VISION_KERNELS_BACKEND`` names another: one
 for all operators, as in ``reference``, or one for each, as in ``selective_scan=torch,ss2d=reference``. The choice is
 logged once for each operator and device; ``python -m vision_kernels`` prints it.
+
+An operator may also be composed of others. A backend named for all operators is then that of its parts, wherever the
+operator itself has none of this name that can run.
 """
 
 import functools
@@ -80,10 +83,17 @@ def compiled_for_cpu(forward: Callable, backward: Callable | None, why_unable: C
 
 @dataclass
 class Operator:
-    """An operator and its implementations, best first."""
+    """An operator and its implementations, best first.
+
+    Attributes:
+        name: Name under which ``VISION_KERNELS_BACKEND`` finds it.
+        implementations: All of them; their order is that of preference.
+        composition: Name of the one that calls other operators, which choose for themselves; None if there is none.
+    """
 
     name: str
     implementations: tuple[Implementation, ...]
+    composition: str | None = None
     _announced: set[tuple[str, str]] = field(default_factory=set, repr=False)
     _available: dict[str, tuple[Implementation, ...]] = field(default_factory=dict, repr=False)
 
@@ -104,13 +114,10 @@ class Operator:
         chosen = self.forced()
         if chosen is None:
             chosen = self._preferred(device_type, arguments)
-        elif not chosen.runs_on(device_type):
-            raise ValueError(
-                f"{BACKEND_VARIABLE}: {self.name}={chosen.backend}: runs on {', '.join(chosen.devices)}, "
-                f"the inputs are on {device_type}"
-            )
-        elif reason := chosen.why_not(arguments):
-            raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={chosen.backend}: {reason}")
+        elif reason := _why_not_on(device_type, chosen, arguments):
+            if not self._is_left_to_parts():
+                raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={chosen.backend}: {reason}")
+            chosen = self.named(self.composition)
         if (chosen.backend, device_type) not in self._announced:
             self._announced.add((chosen.backend, device_type))
             _logger.info("%s on %s: backend %r", self.name, device_type, chosen.backend)
@@ -129,6 +136,8 @@ class Operator:
             return None
         names = [each.backend for each in self.implementations]
         if backend not in names:
+            if self._is_left_to_parts():
+                return self.named(self.composition)
             raise ValueError(
                 f"{BACKEND_VARIABLE}: {self.name}={backend}: this operator has the backends {', '.join(names)}"
             )
@@ -136,6 +145,10 @@ class Operator:
         if reason := chosen.why_unavailable():
             raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={backend}: {reason}")
         return chosen
+
+    def _is_left_to_parts(self) -> bool:
+        """Whether ``VISION_KERNELS_BACKEND`` names one backend for all operators, and others can stand for this one."""
+        return self.composition is not None and "=" not in os.environ.get(BACKEND_VARIABLE, "")
 
     def _available_on(self, device_type: str) -> tuple[Implementation, ...]:
         # Asked in every call; what a machine has does not change.
@@ -152,6 +165,12 @@ class Operator:
             if not arguments or each.why_unable(*arguments) is None:
                 return each
         raise ValueError(f"{self.name}: no implementation runs on device {device_type!r}")
+
+
+def _why_not_on(device_type: str, chosen: Implementation, arguments: tuple) -> str | None:
+    if not chosen.runs_on(device_type):
+        return f"runs on {', '.join(chosen.devices)}, the inputs are on {device_type}"
+    return chosen.why_not(arguments)
 
 
 def _choices(setting: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from mambavision.errors import UserError, nearest
 from vision_kernels.cross_scan import ROUTES, Route
+from vision_kernels.mamba_mixer.composed import mamba_mixer_composed
 from vision_kernels.ss2d.unfused import scan_arguments
 
 
@@ -70,6 +71,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if any(function is each for each in self._of_interest):
             self.calls.append((function, args, kwargs or {}))
+        if function is torch.ops.vision_kernels.mamba_mixer:
+            with self:  # for the scan inside
+                return mamba_mixer_composed(*args)
         return function(*args, **(kwargs or {}))
 
 

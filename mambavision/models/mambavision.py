@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mambavision.models.build import build
 from mambavision.models.layers import check_choice, init_dt_bias_, window_partition, window_reverse
 from mambavision.models.staged import Stage, StagedModel, init_linear
-from vision_kernels import conv1d_silu, selective_scan
+from vision_kernels import mamba_mixer
 
 DtInit = Literal["published", "mamba"]
 
@@ -104,21 +104,18 @@ class MambaVisionMixer(nn.Module):
         """(batch x windows, tokens, dim) -> same shape."""
         # The branches stay side by side, (..., x | z), and both convolutions are one.
         weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).squeeze(1)
-        x, z = conv1d_silu(self.in_proj(x), weight).chunk(2, dim=-1)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan(
-            x,
-            self.dt_proj(dt),
+        yz = mamba_mixer(
+            self.in_proj(x),
+            weight,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
             # float32 whatever the model's dtype, float64 included, as in the original
             -torch.exp(self.A_log.float()),
-            B,
-            C,
             self.D.float(),
             delta_bias=self.dt_proj.bias.float(),
-            delta_softplus=True,
-            channels_last=True,
         )
-        return self.out_proj(torch.cat([y, z], dim=-1))
+        return self.out_proj(yz)
 
 
 class TokenBlock(nn.Module):

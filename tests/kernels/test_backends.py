@@ -70,7 +70,7 @@ def test_each_operator_may_have_its_own_choice(operator, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, "selective_scan=reference")
     assert operator.select("cuda").backend == "gpu"
     monkeypatch.setenv(BACKEND_VARIABLE, "selective_sacn=reference")
-    known = "conv1d_silu, cross_scan, cross_merge, neighborhood_attention, selective_scan, ss2d"
+    known = "conv1d_silu, cross_scan, cross_merge, selective_scan, mamba_mixer, neighborhood_attention, ss2d"
     with pytest.raises(ValueError, match=f"there is no operator selective_sacn, only {known}"):
         operator.select("cpu")
 
@@ -106,10 +106,27 @@ def test_overview_explains_what_cannot_be_forced(operator, monkeypatch):
     assert "test_operator=gpu: runs on cuda, the inputs are on cpu" in overview()
 
 
+def test_an_operator_may_be_left_to_its_parts(operator, monkeypatch):
+    """Where a backend is named for all operators that this one lacks or cannot run."""
+    operator.composition = "plain"
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert operator.select("cpu").backend == "plain"
+    monkeypatch.setenv(BACKEND_VARIABLE, "gpu")
+    assert operator.select("cuda").backend == "gpu"
+    assert operator.select("cpu").backend == "plain"
+    monkeypatch.setenv(BACKEND_VARIABLE, "small")
+    assert operator.select("cpu", "little").backend == "small"
+    assert operator.select("cpu", "big").backend == "plain"
+    for impossible in ("test_operator=reference", "test_operator=gpu", "test_operator=small"):
+        monkeypatch.setenv(BACKEND_VARIABLE, impossible)
+        with pytest.raises(ValueError, match=impossible):
+            operator.select("cpu", "big")
+
+
 def test_every_operator_has_a_definition_and_a_fallback():
     for each in OPERATORS.values():
         names = [other.backend for other in each.implementations if other.backend != emulation.BACKEND]
-        assert names[-2:] == ["torch", "reference"]
+        assert names[-2:] == ["torch", "reference"] or names[-1] == each.composition
 
 
 def test_module_prints_the_overview():

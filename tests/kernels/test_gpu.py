@@ -2,13 +2,23 @@
 
 import pytest
 import torch
+from test_mamba_mixer import inputs as mixer_inputs
 
 from conformance import relative_rms
-from vision_kernels import conv1d_silu, cross_merge, cross_scan, neighborhood_attention, selective_scan, ss2d
+from vision_kernels import (
+    conv1d_silu,
+    cross_merge,
+    cross_scan,
+    mamba_mixer,
+    neighborhood_attention,
+    selective_scan,
+    ss2d,
+)
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MADE_FOR_GPUS = ("cuda", "triton")
+DIFFERENTIABLE = [operator.name for operator in OPERATORS.values() if operator.composition is None]
 
 
 @pytest.fixture(params=MADE_FOR_GPUS)
@@ -59,7 +69,7 @@ def with_gradients(function, inputs):
     return [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_every_bit_is_repeated(backend, operator):
     function, inputs = calls()[operator]
     first, *others = (with_gradients(function, inputs) for _ in range(5))
@@ -67,7 +77,7 @@ def test_every_bit_is_repeated(backend, operator):
         assert all(torch.equal(one, same) for one, same in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
 def test_runs_inside_a_cuda_graph(backend, operator):
     function, inputs = calls()[operator]
     stream = torch.cuda.Stream()
@@ -80,6 +90,21 @@ def test_runs_inside_a_cuda_graph(backend, operator):
         recorded = with_gradients(function, inputs)
     graph.replay()
     assert all(torch.equal(ours, truth) for ours, truth in zip(recorded, expected, strict=True))
+
+
+@pytest.mark.parametrize(("length", "inner"), [(196, 160), (49, 320), (196, 256), (49, 392)])
+def test_mixer_agrees_with_its_parts_and_repeats_every_bit(backend, length, inner, monkeypatch):
+    monkeypatch.delenv(BACKEND_VARIABLE)
+    arguments = mixer_inputs(8, length, inner, -(-inner // 8), 8, device="cuda")
+    exact = mamba_mixer(*(each.double().cpu() for each in arguments))
+    monkeypatch.setenv(BACKEND_VARIABLE, backend)
+    for dtype, limit in ((torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)):
+        arguments[0] = arguments[0].to(dtype)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            first, *others = (mamba_mixer(*arguments) for _ in range(5))
+        assert first.dtype == dtype
+        assert relative_rms(first.cpu(), exact) < limit
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_long_sequences(backend, monkeypatch):

@@ -51,8 +51,6 @@ __device__ __forceinline__ Raw load_step(const Signal& signal, const Shape& shap
     return load(signal, signal.at(batch, channel, t), t >= 0 && t < shape.length ? kVector : 0);
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + exp2_fast(-kLog2E * x)); }
-
 __device__ __forceinline__ float silu_derivative(float x) {
     const float gate = sigmoid(x);
     return gate * (1 + x * (1 - gate));

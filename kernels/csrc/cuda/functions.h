@@ -36,3 +36,5 @@ __device__ __forceinline__ float sigmoid(float x) {
     const float e = exp2_fast(-kLog2E * fabsf(x));
     return __fdividef(x < 0 ? e : 1.0f, 1 + e);
 }
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + exp2_fast(-kLog2E * x)); }

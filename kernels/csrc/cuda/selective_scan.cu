@@ -52,29 +52,6 @@ __device__ __forceinline__ void stage_steps(const Recurrence& r, int left, const
     }
 }
 
-template <int S, bool Reverse>
-struct Lane {
-    float rates[S], state[S];
-
-    // One step; returns the lane's part of y.
-    __device__ __forceinline__ float advance(float2 step, const float* B, const float* C) {
-        float b[S], c[S], y = 0;
-        load_states(B, b);
-        if constexpr (!Reverse) load_states(C, c);
-#pragma unroll
-        for (int s = 0; s < S; ++s) {
-            const float decay = exp2_fast(step.x * rates[s]);
-            if constexpr (Reverse) {
-                state[s] = decay * (state[s] + step.y * b[s]);
-            } else {
-                state[s] = decay * state[s] + step.y * b[s];
-                y += state[s] * c[s];
-            }
-        }
-        return y;
-    }
-};
-
 template <class L>
 __device__ __forceinline__ void write_outputs(const Recurrence& r, const Place& place, int left, Walk<L>& walk,
                                               const float (&y)[L::kSteps][kChannels],
@@ -124,7 +101,7 @@ __global__ void __launch_bounds__(kChannels* K, resident_blocks(K, S)) recurrenc
     const bool inside = channel < place.channels;
     const int64_t at = at_chunk(p, place, channel);
 
-    Lane<S, Reverse> own;
+    Recurring<S, Reverse> own;
     load_rates(p, place.channel + channel, first, inside, own.rates);
 #pragma unroll
     for (int s = 0; s < S; ++s)

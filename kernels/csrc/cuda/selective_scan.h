@@ -197,6 +197,30 @@ __device__ __forceinline__ void load_states(const float* source, float (&values)
     }
 }
 
+// What a lane has of a channel.
+template <int S, bool Reverse>
+struct Recurring {
+    float rates[S], state[S];
+
+    // One step, of its size and that times the input; returns the lane's part of y.
+    __device__ __forceinline__ float advance(float2 step, const float* B, const float* C) {
+        float b[S], c[S], y = 0;
+        load_states(B, b);
+        if constexpr (!Reverse) load_states(C, c);
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            const float decay = exp2_fast(step.x * rates[s]);
+            if constexpr (Reverse) {
+                state[s] = decay * (state[s] + step.y * b[s]);
+            } else {
+                state[s] = decay * state[s] + step.y * b[s];
+                y += state[s] * c[s];
+            }
+        }
+        return y;
+    }
+};
+
 // The rates of a lane's states times log2(e), so that exp(step A) is a power of two. Those beyond the last are zero.
 template <int S>
 __device__ __forceinline__ void load_rates(const Problem& p, int64_t channel, int first, bool inside, float (&rates)[S]) {

@@ -1,0 +1,5 @@
+"""What MambaVision's mixer does between its outer projections: convolution, projections, and selective scan."""
+
+from vision_kernels.mamba_mixer.op import mamba_mixer
+
+__all__ = ["mamba_mixer"]
