@@ -137,7 +137,7 @@ def test_is_composed_on_a_cpu(setting, seen, monkeypatch):
     [
         ({"length": 1024}, r"needs \d+ KiB of shared memory for 1024 steps of 160 channels, and has 227"),
         ({"dtype": torch.float64}, "computes float32, float16 and bfloat16, not torch.float64"),
-        ({"inner": 18}, "takes 3 taps and multiples of 4 channels up to 4096, not 3 and 18"),
+        ({"inner": 18}, "takes 3 taps and multiples of 4 channels up to 3584, not 3 and 18"),
         ({"state": 17}, "has registers for 1 to 16 states, and A has 17"),
     ],
 )

@@ -8,9 +8,9 @@ from vision_kernels.cuda import Library
 _BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 _TAPS = 3
 _MOST_STATES = 16
-_MOST_CHANNELS = 4096  # four to each thread
 # As in csrc/cuda/mamba_mixer.cu: channels and steps that a warp takes at once, and warps of a block.
-_COLUMNS, _STEPS, _MOST_WARPS = 8, 16, 32
+_COLUMNS, _STEPS, _MOST_WARPS = 8, 16, 28
+_MOST_CHANNELS = 4 * 32 * _MOST_WARPS  # four to each thread
 _SHARED_BYTES_OF_H100 = 227 << 10  # where there is no GPU, in tests
 
 
