@@ -147,16 +147,14 @@ def test_long_decays_do_not_underflow():
 
 def test_windows_of_mambavision():
     model = fill_(mambavision.create_model("mamba_vision_T", **SMALL["mamba_vision_T"])).eval()
-    images, projected = image(2, 96, 64), []
-    mixer = model.levels[2].blocks[0].mixer
-    mixer.in_proj.register_forward_hook(lambda module, args, xz: projected.append(xz))
+    images, inputs = image(2, 96, 64), []
+    model.levels[2].blocks[0].mixer.x_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     (record,) = record_blocks(model, images, ["levels.2.blocks.0"])
     assert record.layout == Layout(6, 4, (4, 4))
     assert record.layout.windows == (2, 1)
     maps = attention_maps(record, [MapKind("CB", 0, "none")])["a0_CB"]
-    x, _ = projected[0].chunk(2, dim=-1)
-    x = torch.nn.functional.silu(mixer.conv1d_x(x.transpose(1, 2))).transpose(1, 2)
-    _, B, C = mixer.x_proj(x).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
+    mixer = model.levels[2].blocks[0].mixer
+    _, B, C = mixer.x_proj(inputs[0]).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
     expected = (C @ B.transpose(1, 2)).tril().unflatten(0, (2, 2))
     torch.testing.assert_close(maps, expected)
     taken = map_of_point(maps, record.layout, (0.6, 0.9))  # row 5, column 2: the second window, over padding

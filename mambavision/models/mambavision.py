@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mambavision.models.build import build
 from mambavision.models.layers import check_choice, init_dt_bias_, window_partition, window_reverse
 from mambavision.models.staged import Stage, StagedModel, init_linear
-from vision_kernels import mamba_mixer
+from vision_kernels.mamba_mixer import compose_mixer, mamba_mixer
 
 DtInit = Literal["published", "mamba"]
 
@@ -104,18 +104,21 @@ class MambaVisionMixer(nn.Module):
         """(batch x windows, tokens, dim) -> same shape."""
         # The branches stay side by side, (..., x | z), and both convolutions are one.
         weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).squeeze(1)
-        yz = mamba_mixer(
-            self.in_proj(x),
-            weight,
-            self.x_proj.weight,
-            self.dt_proj.weight,
-            self.dt_proj.bias,
-            # float32 whatever the model's dtype, float64 included, as in the original
-            -torch.exp(self.A_log.float()),
-            self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
-        )
+        xz = self.in_proj(x)
+        # float32 whatever the model's dtype, float64 included, as in the original
+        A, D, delta_bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_proj.bias.float()
+        if _is_its_weights(self.x_proj) and _is_its_weights(self.dt_proj):
+            weights = (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias)
+            yz = mamba_mixer(xz, weight, *weights, A, D, delta_bias)
+        else:
+            yz = compose_mixer(xz, weight, self.x_proj, self.dt_proj, A, D, delta_bias)
         return self.out_proj(yz)
+
+
+def _is_its_weights(layer: nn.Module) -> bool:
+    """Whether a layer does nothing but what its weights say: no adapter or quantisation in its place, no hook."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooks
 
 
 class TokenBlock(nn.Module):

@@ -8,6 +8,7 @@ import emulation
 import mambavision
 from conformance import backends, force, poison_unwritten_memory, relative_rms
 from mambavision.analysis import record_blocks
+from mambavision.models.mambavision import MambaVisionMixer
 from vision_kernels import mamba_mixer
 from vision_kernels.backends import BACKEND_VARIABLE
 from vision_kernels.mamba_mixer.cuda import why_unable
@@ -214,3 +215,15 @@ def test_wrong_arguments_are_named():
         mamba_mixer(*arguments[:2], arguments[2][1:], *arguments[3:])
     with pytest.raises(ValueError, match=r"xz must be \(batch, length, 2 inner\), got shape \(7, 40\)"):
         mamba_mixer(arguments[0][0], *arguments[1:])
+
+
+def test_layers_that_are_more_than_their_weights_are_called():
+    mixer = MambaVisionMixer(16).eval()
+    x = torch.randn(2, 5, 16)
+    expected, calls = mixer(x), []
+    handle = mixer.x_proj.register_forward_hook(lambda *each: calls.append(each))
+    torch.testing.assert_close(mixer(x), expected)
+    assert len(calls) == 1
+    handle.remove()
+    mixer.x_proj = torch.nn.Sequential(mixer.x_proj, torch.nn.Hardtanh(-0.01, 0.01))  # an adapter
+    assert (mixer(x) - expected).abs().max() > 1e-3

@@ -1,5 +1,8 @@
 """The mixer as a chain of operators: its definition, and what runs where gradients are needed."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,9 +22,32 @@ def mamba_mixer_composed(
     delta_bias: Tensor,
 ) -> Tensor:
     """Return (batch, length, 2 inner) with the dtype of `xz`. Shapes as in the operator."""
-    rank, states = dt_proj_weight.shape[1], A.shape[1]
+    x_proj, dt_proj = partial(F.linear, weight=x_proj_weight), partial(F.linear, weight=dt_proj_weight, bias=dt_bias)
+    return compose_mixer(xz, conv_weight, x_proj, dt_proj, A, D, delta_bias)
+
+
+def compose_mixer(
+    xz: Tensor,
+    conv_weight: Tensor,
+    x_proj: Callable[[Tensor], Tensor],
+    dt_proj: Callable[[Tensor], Tensor],
+    A: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+) -> Tensor:
+    """Return the same for layers instead of weights, which may be more than a product and a bias: adapters, say.
+
+    Args:
+        xz: (batch, length, 2 inner), as all others in the operator.
+        conv_weight: (2 inner, taps).
+        x_proj: (batch, length, inner) -> (batch, length, rank + 2 state).
+        dt_proj: (batch, length, rank) -> (batch, length, inner).
+        A: (inner, state).
+        D: (inner,).
+        delta_bias: (inner,).
+    """
     x, z = conv1d_silu(xz, conv_weight).chunk(2, dim=-1)
-    dt, B, C = F.linear(x, x_proj_weight).split([rank, states, states], dim=-1)
-    delta = F.linear(dt, dt_proj_weight, dt_bias)
-    y = selective_scan(x, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True, channels_last=True)
+    low, states = x_proj(x), A.shape[1]
+    dt, B, C = low.split([low.shape[2] - 2 * states, states, states], dim=-1)
+    y = selective_scan(x, dt_proj(dt), A, B, C, D, delta_bias=delta_bias, delta_softplus=True, channels_last=True)
     return torch.cat([y, z], dim=-1)
