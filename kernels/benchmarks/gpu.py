@@ -176,10 +176,10 @@ def peak_mib(function: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def inference(model: torch.nn.Module, images: Tensor, amp: bool = True) -> Callable[[], Tensor]:
+def inference(model: torch.nn.Module, images: Tensor) -> Callable[[], Tensor]:
     @torch.inference_mode()
     def run() -> Tensor:
-        with torch.autocast("cuda", enabled=amp):
+        with torch.autocast("cuda"):
             return model(images)
 
     return run

@@ -63,6 +63,14 @@ def why_unavailable() -> str | None:
     return None
 
 
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that a block may use on a GPU; where kernels are emulated on a CPU, as on an H200."""
+    if device.type != "cuda":
+        return 227 << 10
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)  # older torch
+
+
 def compiled_for_cuda(
     forward: Callable, backward: Callable | None, why_unable: Callable, library: Library = LIBRARY
 ) -> Implementation:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vision_kernels.cuda import Library
+from vision_kernels.cuda import Library, shared_bytes
 
 _BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 _TAPS = 3
@@ -11,7 +11,6 @@ _MOST_STATES = 16
 # As in csrc/cuda/mamba_mixer.cu: channels and steps that a warp takes at once, and warps of a block.
 _COLUMNS, _STEPS, _MOST_WARPS = 8, 16, 28
 _MOST_CHANNELS = 4 * 32 * _MOST_WARPS  # four to each thread
-_SHARED_BYTES_OF_H100 = 227 << 10  # where there is no GPU, in tests
 
 
 def _rounded_up(count: int, unit: int) -> int:
@@ -43,9 +42,7 @@ def why_unable(
         return f"takes {_TAPS} taps and multiples of 4 channels up to {_MOST_CHANNELS}, not {taps} and {inner}"
     if not 1 <= states <= _MOST_STATES:
         return f"has registers for 1 to {_MOST_STATES} states, and A has {states}"
-    limit = _SHARED_BYTES_OF_H100
-    if device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    limit = shared_bytes(device)
     if (needed := _shared_bytes(dtype, length, inner, rank, states)) > limit:
         what = f"{length} steps of {inner} channels"
         return f"needs {needed >> 10} KiB of shared memory for {what}, and has {limit >> 10}"

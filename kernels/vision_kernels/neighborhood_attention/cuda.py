@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from vision_kernels.cuda import Library
+from vision_kernels.cuda import Library, shared_bytes
 from vision_kernels.neighborhood_attention.dilation import backward_on_sub_grids, forward_on_sub_grids
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,10 +25,10 @@ def why_unable(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, k
         return f"takes head_dim up to {_MAX_DIM}, not {query.shape[4]}"
     if kernel_size > _MAX_KERNEL_SIZE:
         return f"takes kernel_size up to {_MAX_KERNEL_SIZE}, not {kernel_size}"
-    if bias is not None and query.is_cuda:
+    if bias is not None:
         partners = -(-((kernel_size + 3) ** 2) // 16) * 16
         bytes_of_warp = 4 * (16 * partners + (2 * kernel_size - 1) ** 2)
-        if bytes_of_warp > torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin:
+        if bytes_of_warp > shared_bytes(query.device):
             return f"the GPU has too little shared memory for kernel_size {kernel_size} with a bias"
     return None
 

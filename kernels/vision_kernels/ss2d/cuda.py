@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vision_kernels.cross_scan import ROUTES
-from vision_kernels.cuda import Library
+from vision_kernels.cuda import Library, shared_bytes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 16  # kTile in csrc/cuda/ss2d.cuh: channels of a block
@@ -26,13 +26,8 @@ class Gpu(NamedTuple):
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
     """Return the limits of a GPU; emulated on a CPU, those of an H200."""
-    if device.type != "cuda":
-        return Gpu(132, 225 << 10)
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(
-        properties.multi_processor_count,
-        getattr(properties, "shared_memory_per_block_optin", 48 << 10) - _STATIC_SHARED_BYTES,
-    )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return Gpu(processors, shared_bytes(device) - _STATIC_SHARED_BYTES)
 
 
 class Plan(NamedTuple):
