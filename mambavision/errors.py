@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
-USAGE, BAD_DATA, IO_FAILURE = 2, 65, 74  # exit statuses; the last two as in sysexits.h
+USAGE, BAD_DATA, IO_FAILURE, PREEMPTED = 2, 65, 74, 75  # exit statuses, all but the first as in sysexits.h
 
 
 class UserError(Exception):

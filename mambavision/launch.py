@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,6 +100,15 @@ def join(process: Process, device: torch.device) -> None:
 
 def _bound(device: torch.device) -> torch.device | None:
     return device if device.type == "cuda" else None
+
+
+def any_process(flags: Sequence[bool], process: Process, device: torch.device) -> list[bool]:
+    """Return for each of some flags whether it is set on any process; all processes must ask together."""
+    if not process.is_distributed:
+        return list(flags)
+    together = torch.tensor(flags, dtype=torch.uint8, device=device)
+    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in together.tolist()]
 
 
 def leave(process: Process) -> None:

@@ -5,22 +5,20 @@ showed it before), and the order of an epoch from (seed, epoch). So neither the 
 changes what a run sees. timm's streams are an exception: they have an order of their own.
 """
 
-import contextlib
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from mambavision.errors import UserError
+from mambavision.seeding import seeded
 
 _DEFAULT_WORKERS = 8
 
@@ -46,24 +44,8 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> Any:
-        entropy = np.random.SeedSequence([self.seed, int(self.epoch), self.rank, number])
-        with contextlib.nullcontext() if get_worker_info() else _preserved_random_state():
-            seed = int(entropy.generate_state(1)[0])
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.random.default_generator.manual_seed(seed)
+        with seeded(self.seed, int(self.epoch), self.rank, number):
             return self.dataset[number % len(self.dataset)]
-
-
-@contextlib.contextmanager
-def _preserved_random_state() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
 
 
 class SeededRepeatSampler(RepeatAugSampler):

@@ -1,0 +1,103 @@
+"""Training steps that must not be taken: a loss or a gradient that is infinite or not a number."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mambavision.errors import BAD_DATA, UserError
+from mambavision.launch import Process, any_process
+
+_SKIPPED_STEPS = 25  # in a row, before a run with a loss scale stops
+_NAMED = 8  # samples, of each process
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient is infinite or not a number."""
+
+    exit_status = BAD_DATA
+
+
+class FiniteGuard:
+    """Watches over the steps of an optimizer; the processes agree, so that all of them stop at the same step.
+
+    For each step: `note` every batch, then `check`; with a loss scale (float16) also `count_skip`.
+
+    Args:
+        process: This process among all.
+        device: Where collectives work.
+        advice: Closes the message: what was kept, and what to change.
+    """
+
+    def __init__(self, process: Process, device: torch.device, advice: Callable[[], str]) -> None:
+        self._process, self._device, self._advice = process, device, advice
+        self._batches: list[tuple[Tensor, Callable[[], Sequence[str]]]] = []
+        self._skipped = 0
+
+    def note(self, loss: Tensor, samples: Callable[[], Sequence[str]]) -> None:
+        """Take note of a batch of the next step: its loss (a scalar), and what gives the names of its samples."""
+        self._batches.append((torch.isfinite(loss.detach()), samples))
+
+    def check(self, gradients: Iterable[Tensor], also: bool = False) -> bool:
+        """Raise unless losses and gradients of all processes are finite; to be called on all, before the step.
+
+        Args:
+            gradients: Of this process; none where a loss scale makes infinite ones a matter of course.
+            also: A flag that travels along.
+
+        Returns:
+            Whether `also` is set on any process.
+
+        Raises:
+            NonFiniteError: Names the samples of the processes whose loss is not finite, or of all if only the gradient
+                is not. The weights are those of before the step.
+        """
+        losses = [is_finite for is_finite, _ in self._batches]
+        has_bad_loss = bool(losses) and not torch.stack(losses).all().item()
+        bad_loss, bad_gradient, also = any_process(
+            (has_bad_loss, not has_bad_loss and not _all_finite(gradients), also), self._process, self._device
+        )
+        if bad_loss or bad_gradient:
+            raise NonFiniteError(self._explanation("loss" if bad_loss else "gradient"))
+        self._batches.clear()
+        return also
+
+    def count_skip(self, was_skipped: bool) -> None:
+        """Take note of whether the loss scale let a step be skipped, which is normal now and then.
+
+        Raises:
+            NonFiniteError: Too many in a row.
+        """
+        self._skipped = self._skipped + 1 if was_skipped else 0
+        if self._skipped >= _SKIPPED_STEPS:
+            raise NonFiniteError(
+                f"the gradient overflowed in {self._skipped} steps in a row, at whatever loss scale; {self._advice()}."
+            )
+
+    def _explanation(self, what: str) -> str:
+        own = [
+            name
+            for is_finite, samples in self._batches
+            if what == "gradient" or not is_finite.item()
+            for name in samples()
+        ]
+        of_all = [own]
+        if self._process.is_distributed:
+            of_all = [None] * self._process.world_size
+            torch.distributed.all_gather_object(of_all, own)
+        named = "; ".join(
+            f"process {rank}: {', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''}"
+            for rank, names in enumerate(of_all)
+            if names
+        )
+        return f"the {what} is not finite; stopped before the optimizer's step. Samples: {named}. {self._advice()}."
+
+
+def _all_finite(gradients: Iterable[Tensor]) -> bool:
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    filled = [gradient for gradient in local if gradient.numel()]
+    # The largest entry: the usual norm of finite gradients can overflow.
+    return not filled or math.isfinite(torch.nn.utils.get_total_norm(filled, norm_type=math.inf).item())

@@ -1,0 +1,147 @@
+"""Runs that are asked to leave: signals, the mark they leave behind, and their return under Slurm.
+
+A scheduler that wants its machines back sends SIGTERM, or SIGUSR1 where a job asked to be warned (``sbatch --signal``).
+A run then finishes its step, writes a checkpoint, marks its folder, asks Slurm to queue the job again and leaves with
+`mambavision.errors.PREEMPTED`. The same command goes on from there.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from mambavision.checkpoint import replacing
+from mambavision.errors import PREEMPTED, Interruption
+from mambavision.launch import Process, leave
+
+_logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_MARK = "preempted"
+_DEFAULT_REQUEUES = 100
+_SLURM_SECONDS = 60  # for an answer of its controller
+_NOT_OURS = ("CANCELLED", "PREEMPTED")  # the user does not want the job back; Slurm brings it back by itself
+
+
+class Preempted(Interruption):
+    """The run has saved its state and leaves, as it was asked to."""
+
+    def __init__(self, advice: str) -> None:
+        super().__init__(signal.SIGTERM)
+        self.exit_status = PREEMPTED
+        self.advice = advice
+
+
+class StopSignals:
+    """Takes note of `SIGNALS` while it is entered; a second one ends the program at once, as without this class.
+
+    `received` says whether there was one. Signals that the program ignores stay ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, signal.Handlers] = {}
+        self._process = os.getpid()
+
+    def __enter__(self) -> "StopSignals":
+        for number in SIGNALS:
+            previous = signal.getsignal(number)
+            if previous != signal.SIG_IGN:
+                self._previous[number] = previous
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if os.getpid() == self._process:
+            self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Workers of data loaders inherit this, and get the signals that a whole group of processes is sent. The first
+        # must not end them: the step that the run finishes may still need their batches.
+        if not self.received:
+            self.received = True
+            return
+        self._restore()
+        os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, previous)
+
+
+def leave_preempted(process: Process, folder: Path, advice: str) -> NoReturn:
+    """Mark the folder of a run, have its job queued again, and raise `Preempted`.
+
+    To be called on all processes, after the checkpoint is complete. `advice` says how to go on by hand.
+    """
+    for number in SIGNALS:  # Slurm sends more of them to a job that it queues again
+        signal.signal(number, signal.SIG_IGN)
+    if process.is_first:
+        mark(folder)
+        if requeue(process):
+            advice = "; the job is queued again"
+    leave(process)  # only now: srun ends the other processes of a step as soon as one has failed
+    raise Preempted(advice)
+
+
+def mark(folder: Path) -> None:
+    """Say in the folder of a run that it was preempted, for `goes_on`."""
+    with replacing(folder / _MARK) as file:
+        file.write(b"Preempted: the same command goes on from the newest checkpoint here.\n")
+
+
+def unmark(folder: Path) -> None:
+    """Take back `mark`: the run has come to its end, or a new one starts in its place."""
+    (folder / _MARK).unlink(missing_ok=True)
+
+
+def goes_on(folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a run in this folder goes on unasked: it was preempted, or Slurm restarted the job."""
+    return (folder / _MARK).exists() or _restarts(environment) > 0
+
+
+def _restarts(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
+def requeue(process: Process, environment: Mapping[str, str] = os.environ) -> bool:
+    """Let Slurm queue the job of this process again; return whether it will.
+
+    Only the first process asks. MAX_REQUEUES in the environment limits how often (default 100), so that a run that
+    never gets far does not go round for ever. Jobs that were cancelled stay so, and those that Slurm preempted itself
+    are its own affair.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    if not process.is_first or job is None:
+        return False
+    limit = int(environment.get("MAX_REQUEUES") or _DEFAULT_REQUEUES)
+    if _restarts(environment) >= limit:
+        _logger.warning("job %s was queued again %d times, and MAX_REQUEUES is %d: not again", job, limit, limit)
+        return False
+    try:
+        if _state(job) in _NOT_OURS:
+            return False
+        _scontrol("requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        _logger.warning("Slurm does not queue job %s again (%s): start it by hand", job, reason)
+        return False
+    _logger.info("job %s is queued again", job)
+    return True
+
+
+def _state(job: str) -> str:
+    """``... JobState=RUNNING Reason=...`` -> RUNNING"""
+    found = re.search(r"\bJobState=(\w+)", _scontrol("show", "job", job))
+    return found[1] if found else ""
+
+
+def _scontrol(*words: str) -> str:
+    answer = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=_SLURM_SECONDS)
+    return answer.stdout

@@ -1,0 +1,37 @@
+"""Random numbers that depend on stated numbers alone, not on what was drawn before."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+
+@contextlib.contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Draw from generators of Python, NumPy and PyTorch (of the CPU) that were seeded with some numbers.
+
+    Afterwards the generators go on as before, except in workers of data loaders, which draw nothing else.
+
+    Args:
+        *entropy: Numbers from 0 on, such as seed, epoch, process and sample.
+    """
+    with contextlib.nullcontext() if get_worker_info() else _preserved_random_state():
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _preserved_random_state() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
