@@ -42,6 +42,8 @@ EMA_KEYS = ("state_dict_ema", "model_ema")
 # with its decoder, an OpenMMLab detector or segmentor.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # see `replacing`
+
 # What the readers raise for files that are cut short or altered.
 _DAMAGE = (
     RuntimeError,
@@ -436,6 +438,13 @@ def replacing(path: str | os.PathLike):
             temporary.unlink()
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove the unfinished files that `replacing` left in a folder when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def _os_error_behind(error: BaseException | None) -> OSError | None:
     """torch.save raises a RuntimeError of its own while it handles that of a full disk."""
     while error is not None and not isinstance(error, OSError):
@@ -458,7 +467,12 @@ def _existing_parent(path: Path) -> Path:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     remedy = "choose another place"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(_existing_parent(path)).free
-        remedy = f"only {free:,} bytes are free there; free more, or {remedy}"
+        lack = (
+            f"only {free:,} bytes are free there; free more"
+            if error.errno != errno.EFBIG
+            else (f"files may not grow that large, though {free:,} bytes are free there; raise the limit (ulimit -f)")
+        )
+        remedy = f"{lack}, or {remedy}"
     return OutputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}.")

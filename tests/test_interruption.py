@@ -60,14 +60,14 @@ def test_interrupted_training_says_how_to_go_on(number, status, digits, tmp_path
 )
 def test_advice_depends_on_what_was_saved(prepare, monkeypatch, words, complete, advice):
     small = prepare(*words)
-    backward = small._backward
+    backward = small.learner.backward
 
-    def stop(loss, is_step):
-        if small.updates == (3 if complete is None else 6 * complete + 9):
+    def stop(loss):
+        if small.learner.updates == (3 if complete is None else 6 * complete + 9):
             raise Interruption(signal.SIGTERM)
-        backward(loss, is_step)
+        backward(loss)
 
-    monkeypatch.setattr(small, "_backward", stop)
+    monkeypatch.setattr(small.learner, "backward", stop)
     with pytest.raises(Interruption) as interruption:
         small.fit()
     assert interruption.value.advice == advice

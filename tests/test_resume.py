@@ -10,7 +10,7 @@ import torch
 
 import mambavision
 from conftest import identical, summary, weights
-from engine import run, trainer
+from engine import learner, run, trainer
 from mambavision import resume
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, DataError
@@ -53,17 +53,17 @@ def test_resumed_run_ends_like_an_uninterrupted_one(train, monkeypatch):
 def test_run_can_be_taken_up_inside_an_epoch(train, monkeypatch):
     words = [*FULL, "--recovery-interval", "1"]
     expected = weights(train(*words, "--experiment", "uninterrupted"))
-    steps, backward = itertools.count(), trainer.Trainer._backward
+    steps, backward = itertools.count(), learner.Learner.backward
 
-    def stop_in_epoch_1(self, loss, is_step):
+    def stop_in_epoch_1(self, loss):
         if next(steps) == 11:  # six batches an epoch: the last one of epoch 1
             raise InterruptionError
-        backward(self, loss, is_step)
+        backward(self, loss)
 
-    monkeypatch.setattr(trainer.Trainer, "_backward", stop_in_epoch_1)
+    monkeypatch.setattr(learner.Learner, "backward", stop_in_epoch_1)
     with pytest.raises(InterruptionError):
         train(*words, "--experiment", "interrupted")
-    monkeypatch.setattr(trainer.Trainer, "_backward", backward)
+    monkeypatch.setattr(learner.Learner, "backward", backward)
     shutil.rmtree("output/train/exp/uninterrupted")
     recovery = read_checkpoint(Path("output/train/exp/interrupted") / run.RECOVERY)
     assert (recovery["epoch"], recovery["next_batch"]) == (1, 4)
@@ -195,14 +195,15 @@ def test_prefixes_of_wrappers_do_not_matter(prepare, checkpoint):
     expected = content["state_dict"]
     content["state_dict"] = {f"module.{key}": torch.ones_like(value) for key, value in expected.items()}
     mambavision.save_checkpoint(content, path)
-    assert all((value == 1).all() for value in prepare("--resume", path).task.trainable_module.state_dict().values())
+    model = prepare("--resume", path).learner.task.trainable_module
+    assert all((value == 1).all() for value in model.state_dict().values())
 
 
 def test_runs_of_vmambas_program_go_on_without_their_optimizer(prepare, tmp_path):
     """Its groups of parameters are in another order."""
     ours = {"model": "vmamba_tiny_s1l8"}
     trainer = prepare(**ours)
-    model, optimizer = trainer.task.trainable_module.state_dict(), trainer.optimizer.state_dict()
+    model, optimizer = trainer.learner.task.trainable_module.state_dict(), trainer.learner.optimizer.state_dict()
     optimizer["param_groups"].reverse()
     averaged = {key: value + 1 for key, value in model.items()}
     path = tmp_path / "ckpt_epoch_0.pth"
@@ -211,8 +212,8 @@ def test_runs_of_vmambas_program_go_on_without_their_optimizer(prepare, tmp_path
         prepare("--resume", path, **ours)
     resumed = prepare("--resume", path, "--no-resume-opt", "--model-ema", **ours)
     assert resumed.first_epoch == 1
-    assert identical(resumed.task.trainable_module.state_dict(), model)
-    assert identical(resumed.task.get_eval_model(ema=True).module.state_dict(), averaged)
+    assert identical(resumed.learner.task.trainable_module.state_dict(), model)
+    assert identical(resumed.learner.task.get_eval_model(ema=True).module.state_dict(), averaged)
 
 
 def test_weights_alone_are_no_run(prepare, checkpoint):
@@ -230,12 +231,13 @@ def test_weights_alone_are_no_run(prepare, checkpoint):
 def recovery(prepare):
     """A checkpoint after four of the six batches of epoch 1."""
     fresh = prepare("--experiment", "interrupted")
-    fresh._save(1, next_batch=4, epoch_so_far={"loss_sum": 80.0, "images": 40})
+    fresh.epoch_so_far = {"loss_sum": 80.0, "images": 40}
+    fresh._save(1, next_batch=4)
     return fresh.folder / run.RECOVERY
 
 
 def position(trained):
-    return trained.first_epoch, trained.first_batch, trained.epoch_so_far["images"], trained.updates
+    return trained.first_epoch, trained.first_batch, trained.epoch_so_far["images"], trained.learner.updates
 
 
 def test_epoch_goes_on_with_the_same_batches_only(prepare, recovery, caplog):

@@ -355,7 +355,7 @@ def test_two_processes(launcher, digits, tmp_path):
     assert "cpu x 2" in result.stdout
     (folder,) = (tmp_path / "output/train/two").iterdir()
     assert len(summary(folder)) == 2
-    ranks = read_checkpoint(folder / run.LAST)["random"]
+    ranks = [state["random"] for state in read_checkpoint(folder / run.LAST)["processes"]]
     assert len(ranks) == 2
     assert not torch.equal(ranks[0]["torch"], ranks[1]["torch"])  # of stochastic depth
     assert not torch.equal(ranks[0]["numpy"][1], ranks[1]["numpy"][1])  # of mixup

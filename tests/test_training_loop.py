@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import SMALL
 from engine import run, trainer
 from engine.task import MesaTask
 from mambavision.checkpoint import read_checkpoint
+from mambavision.finite import NonFiniteError
 from mambavision.launch import Process
 
 UNMIXED = ["--mixup", "0", "--cutmix", "0"]
@@ -32,9 +34,9 @@ def gradients(prepare):
 
     def run_epoch(*words):
         small, seen = prepare(*STILL, *words), []
-        small.task.train = lambda: small.task.eval()
-        small.task.eval = lambda: type(small.task).train(small.task, False)
-        small.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient(small.task)))
+        small.learner.task.train = lambda: small.learner.task.eval()
+        small.learner.task.eval = lambda: type(small.learner.task).train(small.learner.task, False)
+        small.learner.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient(small.learner.task)))
         small._train_epoch(0)
         return seen
 
@@ -57,13 +59,13 @@ def test_gradients_are_clipped(gradients):
 
 def test_average_follows_every_step(prepare):
     small = prepare("--model-ema", "--model-ema-decay", "0.75", "--grad-accum-steps", "2")
-    student, average = small.task.trainable_module, small.task.get_eval_model(ema=True).module
+    student, average = small.learner.task.trainable_module, small.learner.task.get_eval_model(ema=True).module
     expected = [parameters_to_vector(average.parameters())]
 
     def follow(*_):
         expected.append(0.75 * expected[-1] + 0.25 * parameters_to_vector(student.parameters()).detach())
 
-    small.optimizer.register_step_post_hook(follow)
+    small.learner.optimizer.register_step_post_hook(follow)
     small._train_epoch(0)
     assert len(expected) == 1 + 3
     torch.testing.assert_close(parameters_to_vector(average.parameters()), expected[-1])
@@ -79,7 +81,7 @@ def seen():
 
     def collect(small):
         batches = []
-        small.task.register_forward_pre_hook(lambda task, batch: batches.append(batch))
+        small.learner.task.register_forward_pre_hook(lambda task, batch: batches.append(batch))
         return batches
 
     return collect
@@ -112,7 +114,7 @@ def test_distillation_sets_in(prepare):
     def note_term(task, batch, result):
         terms.append((result["loss"] - task.criterion(result["output"], batch[1])).item())
 
-    small.task.register_forward_hook(note_term)
+    small.learner.task.register_forward_hook(note_term)
     small.fit()  # two epochs
     assert terms[:6] == [0] * 6
     assert all(term > 0 for term in terms[6:])
@@ -133,7 +135,7 @@ def test_processes_share_running_statistics(prepare, monkeypatch, words, average
     monkeypatch.setattr(small, "_scores", lambda: {"raw": {"top1": 1.0, "top5": 1.0, "loss": 1.0}})
     monkeypatch.setattr(trainer, "distribute_bn", lambda model, size, reduce: shared.append((model, size, reduce)))
     small._run_epoch(0, None)
-    models = [trainer.unwrap_model(small.task.get_eval_model(ema=ema)) for ema in averaged]
+    models = [trainer.unwrap_model(small.learner.task.get_eval_model(ema=ema)) for ema in averaged]
     assert shared == [(model, 2, True) for model in models]
 
 
@@ -153,7 +155,7 @@ def test_augmentation_follows_the_options(prepare):
 
 
 def test_model_follows_the_options(prepare):
-    model = prepare("--drop-path", "0.35", "--grad-checkpointing").task.trainable_module
+    model = prepare("--drop-path", "0.35", "--grad-checkpointing").learner.task.trainable_module
     assert model.levels[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.35)
     assert all(level.grad_checkpointing for level in model.levels)
 
@@ -161,13 +163,14 @@ def test_model_follows_the_options(prepare):
 def test_labels_are_smoothed(prepare):
     logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     smoothed = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.3)
-    torch.testing.assert_close(prepare(*UNMIXED, "--smoothing", "0.3").task.criterion(logits, targets), smoothed)
+    criterion = prepare(*UNMIXED, "--smoothing", "0.3").learner.task.criterion
+    torch.testing.assert_close(criterion(logits, targets), smoothed)
     _, mixed = prepare("--smoothing", "0.3").batches.mixup(torch.zeros(4, 3, 8, 8), targets)
     assert mixed.min().item() == pytest.approx(0.1)  # of a class that neither image has
 
 
 def test_optimizer_follows_the_options(prepare):
-    groups = prepare("--weight-decay", "0.3", "--layer-decay", "0.5").optimizer.param_groups
+    groups = prepare("--weight-decay", "0.3", "--layer-decay", "0.5").learner.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0, 0.3}
     assert {1.0, 0.5, 0.25} <= {group["lr_scale"] for group in groups}
     assert all(group["lr"] == pytest.approx(1e-6 * group["lr_scale"]) for group in groups)  # warm-up starts
@@ -184,19 +187,21 @@ def test_loss_that_is_not_finite_stops_before_the_step(train, monkeypatch):
         return result | {"loss": result["loss"] * (math.nan if next(batches) == 8 else 1.0)}
 
     seen = []
-    step = trainer.Trainer._require_finite
+    finish = trainer.Trainer._finish_step
     monkeypatch.setattr(MesaTask, "forward", poisoned)
     monkeypatch.setattr(
         trainer.Trainer,
-        "_require_finite",
-        lambda self, *about: (seen.append(self.task.trainable_module.head.weight.clone()), step(self, *about)),
+        "_finish_step",
+        lambda self: (seen.append(self.learner.task.trainable_module.head.weight.clone()), finish(self))[1],
     )
     words = ["--model-ema", "--mesa", "0.1", "--mesa-start-ratio", "9"]
-    with pytest.raises(
-        trainer.NonFiniteLossError, match=r"in epoch 1, batch 2, .*last\.pth\.tar is untouched"
-    ) as error:
+    message = r"the loss is not finite.* Samples: .*epoch 1, batch 2, .*last\.pth\.tar is untouched"
+    with pytest.raises(NonFiniteError, match=message) as error:
         train(*words)
     assert error.value.exit_status == 65
+    names = re.search(r"process 0: (.*), \.\.\.\. It", str(error.value))[1].split(", ")
+    assert len(names) == 8
+    assert all(re.fullmatch(r"digit \d/\d\d\.png", name) for name in names)
     (folder,) = Path("output/train/exp").iterdir()
     checkpoint = read_checkpoint(folder / run.LAST)
     assert checkpoint["epoch"] == 0

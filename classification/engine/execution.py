@@ -1,6 +1,7 @@
 """How a model is run: its precision and its compilation, as the options ask."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from mambavision.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 def mixed_precision(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -21,6 +24,18 @@ def mixed_precision(args: argparse.Namespace, device: torch.device) -> Callable[
 def amp_dtype_name(args: argparse.Namespace, device: torch.device) -> str:
     """Return the reduced precision of --amp: float16 is slow on CPUs."""
     return args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16")
+
+
+def training_precision(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """Return the reduced precision of train.py's --amp, or None for none."""
+    if not args.amp:
+        return None
+    if args.bfloat:
+        return torch.bfloat16
+    if device.type == "cpu":
+        _logger.info("mixed precision is off: float16 is slow on a CPU (use --amp --bfloat for bfloat16)")
+        return None
+    return torch.float16
 
 
 def compiled(args: argparse.Namespace, model: nn.Module) -> nn.Module:

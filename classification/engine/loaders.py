@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
@@ -87,6 +87,11 @@ class EpochSampler(Sampler):
                 yield index + size * shown[index]
                 shown[index] += 1
 
+    def indices(self, epoch: int, batch: int) -> list[int]:
+        """Return the indices into the data set that a batch of an epoch has."""
+        self.set_epoch(epoch, batch)
+        return [number % len(self.sampler.dataset) for number in islice(self, self.batch_size)]
+
     def __len__(self) -> int:
         return len(self.sampler) * self.repeats
 
@@ -111,11 +116,26 @@ class TrainLoader:
             self.loader.sampler.set_epoch(epoch, first_batch)
             yield from self.loader
 
+    def sample_names(self, epoch: int, batch: int) -> list[str]:
+        """Return the file names of the images in a batch, or what is known of them."""
+        if self._seeded is None:
+            return [f"batch {batch} of the stream"]
+        return [_name(self._seeded.dataset, index) for index in self.loader.sampler.indices(epoch, batch)]
+
     def stop_mixup(self) -> None:
         """Switch off mixup that happens while collating; workers must start anew to notice."""
         if isinstance(self.loader, PrefetchLoader) and self.loader.mixup_enabled:
             self.loader.mixup_enabled = False
             self.loader.loader._iterator = None
+
+
+def _name(dataset: Dataset, index: int) -> str:
+    if isinstance(dataset, AugMixDataset):
+        dataset = dataset.dataset
+    if isinstance(dataset, ImageDataset):  # timm's
+        return dataset.filename(index)
+    files = getattr(dataset, "samples", None)  # torchvision's
+    return str(files[index][0]) if files else f"image {index}"
 
 
 def train_loader(

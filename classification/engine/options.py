@@ -122,7 +122,13 @@ def _add_model_options(parser: Parser) -> None:
     parser.switch("--skip-head", help="leave the classifier out of --initial-checkpoint")
     add("--loadcheckpoint", default="", metavar="FILE", help="start from whatever in this file fits")
     parser.switch("--trust-checkpoint", help="unpickle checkpoints without restriction: they can run any code")
-    add("--resume", default="", metavar="FILE|auto", help="continue a run; auto: --experiment or the newest of --tag")
+    add(
+        "--resume",
+        default="",
+        metavar="FILE|auto|never",
+        help="continue a run; auto: --experiment or the newest of --tag; a preempted run of the same options goes on "
+        "unless never",
+    )
     add("--no-resume-opt", action="store_true", help="resume the weights only")
     add("--num-classes", type=int, help="default: counted in the data")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the model's")

@@ -1,5 +1,6 @@
 """The folder of a training run: its settings, checkpoints and summary."""
 
+import argparse
 import itertools
 import math
 import os
@@ -44,11 +45,15 @@ def new_run_folder(output: str, tag: str, experiment: str, model: str, size: int
     return next(parent / name for name in names if not (parent / name).exists())
 
 
+def run_folders(output: str, tag: str, experiment: str) -> list[Path]:
+    """Return the folder of an experiment or, without one, those of all runs of a tag."""
+    parent = runs_folder(output, tag)
+    return [parent / experiment] if experiment else list(parent.glob("*/"))
+
+
 def resumable_checkpoints(output: str, tag: str, experiment: str) -> list[Path]:
     """Return the checkpoints of an experiment or, without one, of all runs of a tag."""
-    parent = runs_folder(output, tag)
-    folders = [parent / experiment] if experiment else parent.glob("*/")
-    return [path for folder in folders for path in checkpoints_in(folder)]
+    return [path for folder in run_folders(output, tag, experiment) for path in checkpoints_in(folder)]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -60,10 +65,24 @@ def folder_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent if (checkpoint.parent / SETTINGS).exists() else None
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that make a run what it is, in YAML's types."""
+    passing = ("config", "local_rank", "resume")  # where options came from, and how the run was started
+    return _plain({key: value for key, value in vars(args).items() if key not in passing})
+
+
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the resolved settings; the file is itself a recipe for --config."""
+    """Write what `settings_of` returned; the file is itself a recipe for --config."""
     with replacing(folder / SETTINGS) as file:
-        file.write(yaml.safe_dump(_plain(settings), sort_keys=False).encode())
+        file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of a run, or None if they are not there or unreadable."""
+    try:
+        return yaml.safe_load((folder / SETTINGS).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
 
 
 def _plain(value: Any) -> Any:
