@@ -3,19 +3,17 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_rank
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.registry import FUNCTIONS, HOOKS
-from mmengine.runner import Runner, set_random_seed
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 from mambavision.openmmlab.checkpoints import AtomicLocalBackend
 
-
-def set_random_states(runner: Runner, step: int) -> None:
-    """Set random states that depend on the run's seed, an epoch or iteration, and the process's rank alone."""
-    set_random_seed((runner.seed + step * 1_000_003 + get_rank() * 7919) % 2**32)
+RECOVERY = "recovery.pth"  # what a run that was asked to leave writes, until its next regular checkpoint
 
 
 class _DeletesNothing(AtomicLocalBackend):
@@ -31,10 +29,9 @@ class _DeletesNothing(AtomicLocalBackend):
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's hook, but old checkpoints are deleted after the new one is complete, and epochs can be repeated.
+    """mmengine's hook, but in an order in which nothing is lost whenever the run is killed.
 
-    mmengine saves no random states. Here every epoch starts from random states that depend on seed, epoch and rank
-    alone, so that a run resumed after an epoch continues as if it had not been interrupted.
+    First the new checkpoint is complete, then the file ``last_checkpoint`` names it, then old ones are deleted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,13 +40,38 @@ class SafeCheckpointHook(CheckpointHook):
             if name not in inspect.signature(Runner.save_checkpoint).parameters:
                 raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
 
-    def before_train_epoch(self, runner: Runner) -> None:
-        if self.by_epoch:
-            set_random_states(runner, runner.epoch)
-
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         with self._deleting_afterwards():
-            super()._save_checkpoint_with_step(runner, step, meta)
+            self._keep(runner, step)
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+            if is_main_process():
+                AtomicLocalBackend().put_text(self.last_ckpt, Path(runner.work_dir, "last_checkpoint"))
+        if is_main_process():
+            Path(runner.work_dir, RECOVERY).unlink(missing_ok=True)
+
+    def _keep(self, runner: Runner, step: int) -> None:
+        """Note a checkpoint among those to keep, and have the oldest deleted if they become too many."""
+        if self.max_keep_ckpts <= 0 or step in [*self.keep_ckpt_ids][-1:]:
+            return
+        if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+            oldest = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
+            if is_main_process():
+                self.file_backend.remove(self.file_backend.join_path(self.out_dir, oldest))
+        self.keep_ckpt_ids.append(step)
+        runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
         with self._deleting_afterwards():
@@ -68,13 +90,5 @@ class SafeCheckpointHook(CheckpointHook):
             self.file_backend = backend
         best = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
         for path in collected.unwanted:
-            if path not in (self.last_ckpt, *best):  # written again under the same name
+            if path not in (self.last_ckpt, *best) and backend.isfile(path):  # else written again under the same name
                 backend.remove(path)
-
-
-@FUNCTIONS.register_module()
-def seed_workers_by_epoch(worker_id: int) -> None:
-    """Leave the seeds of a data loader's worker as PyTorch set them, different in each epoch.
-
-    mmengine's own function gives workers that start with each epoch the same augmentations in all of them.
-    """

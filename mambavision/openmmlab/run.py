@@ -3,18 +3,23 @@
 import argparse
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine import Config
+from mmengine.dist import is_main_process
 from mmengine.runner import CheckpointLoader, Runner
 
 from mambavision.checkpoint import check_writable, read_checkpoint
 from mambavision.errors import CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
 from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
+from mambavision.openmmlab.hooks import RECOVERY
+from mambavision.openmmlab.loops import use_exact_loops
 from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
+from mambavision.preemption import Preempted, StopSignals, goes_on, unmark
 from mambavision.resume import newest_valid
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +60,8 @@ def options_of_training(words: Sequence[str] | None = None) -> argparse.Namespac
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint, or the newest readable one of a folder (default: of the work dir)",
+        help="go on from a checkpoint, or the newest readable one of a folder (default: of the work dir); a run that "
+        "was preempted goes on unasked, unless this is 'never'",
     )
     return parser.parse_args(words)
 
@@ -88,25 +94,25 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise UserError(f"--auto-scale-lr: {args.config} does not say for which batch size its rate is meant.")
         config.auto_scale_lr.enable = True
-    source, content = _to_resume(args, Path(config.work_dir)) or (config.get("load_from"), None)
-    is_resumed = content is not None
-    if is_resumed:
-        config.update(resume=True, load_from=source)
-        # mmengine restores the seed too late for the sampler.
-        config.randomness = {**config.get("randomness", {}), "seed": content["meta"]["seed"]}
-        forget_pretrained(config)
-    elif source:
-        content = CheckpointLoader.load_checkpoint(source, map_location="cpu")
-    check_data(config)
+    use_exact_loops(config)
+    source, content = _starting_point(config, args)
     try:
-        with explained(args.config), _Run(config, args, given) as runner:
-            if is_resumed:
-                check_weights(runner.model, content, source)
-                check_classes(runner.train_loop.dataloader.dataset, content, source)
-            elif source:
-                check_some_weights(runner.model, content, source)
-            del content
-            runner.train()
+        with StopSignals() as signals:
+            check_data(config)
+            with explained(args.config), _Run(config, args, given) as runner:
+                _tidy(Path(runner.work_dir), config.resume)
+                runner.train_loop.signals = signals
+                if config.resume:
+                    check_weights(runner.model, content, source)
+                    check_classes(runner.train_loop.dataloader.dataset, content, source)
+                elif source:
+                    check_some_weights(runner.model, content, source)
+                del content
+                runner.train()
+                if is_main_process():
+                    unmark(Path(runner.work_dir))
+    except Preempted:
+        raise
     except Interruption as interruption:
         interruption.advice = f"; go on with --resume (checkpoints are in {config.work_dir})"
         raise
@@ -151,13 +157,32 @@ def _config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
     return config
 
 
+def _starting_point(config: Config, args: argparse.Namespace) -> tuple[str | None, dict[str, Any] | None]:
+    """Return path and content of the checkpoint to start or go on from, and let the config say which of both."""
+    source, content = _to_resume(args, Path(config.work_dir)) or (config.get("load_from"), None)
+    config.resume = content is not None
+    if config.resume:
+        config.load_from = source
+        # mmengine restores the seed too late for the sampler.
+        config.randomness = {**config.get("randomness", {}), "seed": content["meta"]["seed"]}
+        forget_pretrained(config)
+    elif source:
+        content = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    return source, content
+
+
 def _to_resume(args: argparse.Namespace, work_dir: Path) -> tuple[str, dict[str, Any]] | None:
     """Return the path and content of the checkpoint to go on from, if there is one."""
-    if not args.resume:
+    resume = args.resume
+    if resume is None and goes_on(work_dir):
+        _logger.info("this run was preempted, and goes on; to start anew, give --resume never")
+        resume = "auto"
+    if resume in (None, "never"):
         return None
-    folder = work_dir if args.resume == "auto" else Path(args.resume)
-    if args.resume == "auto" or folder.is_dir():
-        found = newest_valid([*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")], key=_step)
+    folder = work_dir if resume == "auto" else Path(resume)
+    if resume == "auto" or folder.is_dir():
+        files = [*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth"), *folder.glob(RECOVERY)]
+        found = newest_valid(files, key=_step)
         if found is None:
             _logger.warning("nothing to go on from in %s: training starts from the beginning", folder)
             return None
@@ -170,13 +195,27 @@ def _to_resume(args: argparse.Namespace, work_dir: Path) -> tuple[str, dict[str,
             f"{path}: holds no training to go on with ({', '.join(sorted(missing))} missing); to start from its "
             f"weights, use --cfg-options load_from={path}."
         )
+    _logger.info("goes on from %s", path)
     return str(path), content
 
 
-def _step(checkpoint: Path) -> int:
-    """``epoch_12.pth`` -> 12"""
+def _step(checkpoint: Path) -> float:
+    """``epoch_12.pth`` -> 12; what a preempted run left is newer than all of its checkpoints."""
+    if checkpoint.name == RECOVERY:
+        return math.inf
     number = checkpoint.stem.rpartition("_")[-1]
     return int(number) if number.isdigit() else -1
+
+
+def _tidy(work_dir: Path, is_resumed: bool) -> None:
+    """Delete what a killed run left half written and, where a new run starts, what a preempted one left."""
+    if not is_main_process():
+        return
+    for temporary in work_dir.glob(".*.tmp"):
+        temporary.unlink()
+    if not is_resumed:
+        unmark(work_dir)
+        (work_dir / RECOVERY).unlink(missing_ok=True)
 
 
 class _Run:

@@ -42,7 +42,6 @@ data = dict(
 train_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     dataset=dict(
         **data,
         ann_file="annotations/instances_train.json",

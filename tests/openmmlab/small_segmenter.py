@@ -32,6 +32,7 @@ load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
 train_dataloader = dict(
     batch_size=2,
     num_workers=0,
+    persistent_workers=False,
     dataset=dict(
         **data,
         pipeline=[

@@ -147,15 +147,3 @@ def test_several_best_checkpoints(runner):
         runner.epoch = epoch
         hook.after_val_epoch(runner, metrics)
     assert sorted(os.listdir(runner.work_dir)) == ["best_a_epoch_2.pth", "best_b_epoch_1.pth"]
-
-
-def test_epochs_start_from_their_own_random_states(runner):
-    hook = SafeCheckpointHook()
-
-    def numbers(seed, epoch):
-        runner.seed, runner.epoch = seed, epoch
-        hook.before_train_epoch(runner)
-        return np.random.rand(), torch.rand(1).item()
-
-    assert numbers(1, 2) == numbers(1, 2)
-    assert len({numbers(seed, epoch) for seed in (1, 2) for epoch in (0, 1)}) == 4

@@ -163,12 +163,6 @@ def test_resumed_training_loads_nothing_twice(train, tmp_path, monkeypatch):
     assert loaded == order[16:]
 
 
-def test_loop_says_what_it_needs(train):
-    for setting in ("sampler.type=DefaultSampler", "persistent_workers=True"):
-        with pytest.raises(UserError, match="ResumableIterLoop needs sampler"):
-            train("--cfg-options", f"train_dataloader.{setting}", "train_dataloader.num_workers=1")
-
-
 @pytest.mark.parametrize("config", [CONFIG, SEGMAN])
 def test_single_images_become_pairs_in_one_process(train, score, config):
     work_dir = train("--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_iters=1", config=config)

@@ -4,9 +4,6 @@ _base_ = "mmdet::_base_/datasets/coco_instance.py"
 data_root = "{{$COCO_ROOT:data/coco}}"
 
 train_dataloader = dict(
-    # Workers that start anew with each epoch make a resumed run continue exactly; it costs seconds an epoch.
-    persistent_workers=False,
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     dataset=dict(data_root=data_root),
 )
 val_dataloader = dict(dataset=dict(data_root=data_root))

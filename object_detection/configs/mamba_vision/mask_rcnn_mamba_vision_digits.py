@@ -55,8 +55,6 @@ meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 common = dict(data_root=data_root, metainfo=dict(classes=classes))
 train_dataloader = dict(
     batch_size=batch_size,
-    persistent_workers=False,
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     dataset=dict(
         **common,
         ann_file="annotations/instances_train.json",

@@ -3,9 +3,6 @@ _base_ = "mmseg::_base_/datasets/ade20k_640x640.py"
 data_root = "{{$ADE20K_ROOT:data/ade/ADEChallengeData2016}}"
 
 train_dataloader = dict(
-    # Workers that start anew after each checkpoint make a resumed run continue exactly; it costs seconds.
-    persistent_workers=False,
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     dataset=dict(data_root=data_root),
 )
 val_dataloader = dict(dataset=dict(data_root=data_root))

@@ -4,8 +4,6 @@ data_root = "{{$CITYSCAPES_ROOT:data/cityscapes}}"
 
 train_dataloader = dict(
     num_workers=4,
-    persistent_workers=False,  # for exact continuation, as in ade20k.py
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     dataset=dict(data_root=data_root),
 )
 val_dataloader = dict(dataset=dict(data_root=data_root))

@@ -3,8 +3,6 @@ _base_ = "mmseg::_base_/datasets/coco-stuff164k.py"
 data_root = "{{$COCO_STUFF_ROOT:data/coco_stuff164k}}"
 
 train_dataloader = dict(
-    persistent_workers=False,  # for exact continuation, as in ade20k.py
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     dataset=dict(data_root=data_root),
 )
 val_dataloader = dict(dataset=dict(data_root=data_root))

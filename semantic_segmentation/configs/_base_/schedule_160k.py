@@ -1,7 +1,7 @@
 # AdamW in mixed precision, 160000 iterations with batches of 16.
 _base_ = "mmseg::_base_/schedules/schedule_160k.py"
 
-train_cfg = dict(type="ResumableIterLoop", val_interval=10000)
+train_cfg = dict(val_interval=10000)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),

@@ -33,7 +33,7 @@ model = dict(
 )
 sync_bn = "torch"  # synchronise those of the backbone, too
 
-train_cfg = dict(type="ResumableIterLoop", val_interval=4000)
+train_cfg = dict(val_interval=4000)
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",

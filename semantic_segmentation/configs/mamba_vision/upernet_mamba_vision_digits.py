@@ -44,8 +44,6 @@ resize = dict(type="Resize", scale=(128, 128), keep_ratio=True)  # for pictures 
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=1,
-    persistent_workers=False,
-    worker_init_fn=dict(type="seed_workers_by_epoch"),
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         **data,
@@ -68,7 +66,7 @@ val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
 # Schedule
-train_cfg = dict(type="ResumableIterLoop", max_iters=iterations, val_interval=300)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=300)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

@@ -19,7 +19,7 @@ model = dict(
 
 # It begins to tell the digits apart later: from scratch, 1500 iterations gave a mIoU of 58, these give 72.
 iterations = 2100
-train_cfg = dict(max_iters=iterations)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=50),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=1200, T_max=iterations - 1200, eta_min=1e-5),
