@@ -55,11 +55,11 @@ class FiniteGuard:
             NonFiniteError: Names the samples of the processes whose loss is not finite, or of all if only the gradient
                 is not. The weights are those of before the step.
         """
-        losses = [is_finite for is_finite, _ in self._batches]
-        has_bad_loss = bool(losses) and not torch.stack(losses).all().item()
-        bad_loss, bad_gradient, also = any_process(
-            (has_bad_loss, not has_bad_loss and not _all_finite(gradients), also), self._process, self._device
-        )
+        losses_are_finite = _all([is_finite for is_finite, _ in self._batches], self._device)
+        gradients_are_finite = _all([_largest(gradients, self._device).isfinite()], self._device)
+        asked = torch.tensor(also, device=self._device)
+        flags = torch.stack((~losses_are_finite, ~gradients_are_finite, asked))  # read once: a GPU waits for it
+        bad_loss, bad_gradient, also = any_process(flags, self._process, self._device)
         if bad_loss or bad_gradient:
             raise NonFiniteError(self._explanation("loss" if bad_loss else "gradient"))
         self._batches.clear()
@@ -96,8 +96,12 @@ class FiniteGuard:
         return f"the {what} is not finite; stopped before the optimizer's step. Samples: {named}. {self._advice()}."
 
 
-def _all_finite(gradients: Iterable[Tensor]) -> bool:
+def _all(flags: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([flag.to(device) for flag in flags]).all() if flags else torch.tensor(True, device=device)
+
+
+def _largest(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the largest magnitude in the gradients' part of this process: their usual norm can overflow."""
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     filled = [gradient for gradient in local if gradient.numel()]
-    # The largest entry: the usual norm of finite gradients can overflow.
-    return not filled or math.isfinite(torch.nn.utils.get_total_norm(filled, norm_type=math.inf).item())
+    return torch.nn.utils.get_total_norm(filled, norm_type=math.inf) if filled else torch.zeros((), device=device)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from mambavision.errors import UserError
 
@@ -102,12 +103,11 @@ def _bound(device: torch.device) -> torch.device | None:
     return device if device.type == "cuda" else None
 
 
-def any_process(flags: Sequence[bool], process: Process, device: torch.device) -> list[bool]:
+def any_process(flags: Sequence[bool] | Tensor, process: Process, device: torch.device) -> list[bool]:
     """Return for each of some flags whether it is set on any process; all processes must ask together."""
-    if not process.is_distributed:
-        return list(flags)
-    together = torch.tensor(flags, dtype=torch.uint8, device=device)
-    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    together = torch.as_tensor(flags, dtype=torch.uint8, device=device)
+    if process.is_distributed:
+        torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in together.tolist()]
 
 
