@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -25,6 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _MARK = "preempted"
 _DEFAULT_REQUEUES = 100
 _SLURM_SECONDS = 60  # for an answer of its controller
+_ECHO_SECONDS = 2.0  # in which a second signal means the same as the first
 _NOT_OURS = ("CANCELLED", "PREEMPTED")  # the user does not want the job back; Slurm brings it back by itself
 
 
@@ -38,7 +41,7 @@ class Preempted(Interruption):
 
 
 class StopSignals:
-    """Takes note of `SIGNALS` while it is entered; a second one ends the program at once, as without this class.
+    """Takes note of `SIGNALS` while it is entered; a later one ends the program at once, as without this class.
 
     `received` says whether there was one. Signals that the program ignores stay ignored.
     """
@@ -47,6 +50,7 @@ class StopSignals:
         self.received = False
         self._previous: dict[int, signal.Handlers] = {}
         self._process = os.getpid()
+        self._first = 0.0
 
     def __enter__(self) -> "StopSignals":
         for number in SIGNALS:
@@ -61,10 +65,10 @@ class StopSignals:
             self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Workers of data loaders inherit this, and get the signals that a whole group of processes is sent. The first
-        # must not end them: the step that the run finishes may still need their batches.
+        now = time.monotonic()
         if not self.received:
-            self.received = True
+            self.received, self._first = True, now
+        if now - self._first < _ECHO_SECONDS:  # torchrun passes on what Slurm has sent to all processes already
             return
         self._restore()
         os.kill(os.getpid(), number)
@@ -73,6 +77,22 @@ class StopSignals:
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous)
+
+
+def shield_worker(worker: int) -> None:
+    """Let a worker of a data loader outlive `SIGNALS` unless they come from its program.
+
+    A `worker_init_fn`. Schedulers send signals to whole groups of processes, and the step that the run finishes may
+    still need the worker's batches. The program ends its workers by SIGTERM.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_obey, args=[os.getppid()], daemon=True).start()
+
+
+def _obey(program: int) -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != program:
+        pass
+    os._exit(0)
 
 
 def leave_preempted(process: Process, folder: Path, advice: str) -> NoReturn:

@@ -18,6 +18,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from mambavision.errors import UserError
+from mambavision.preemption import shield_worker
 from mambavision.seeding import seeded
 
 _DEFAULT_WORKERS = 8
@@ -198,6 +199,7 @@ def train_loader(
         drop_last=True,
         collate_fn=(collate_mixup or fast_collate) if prefetch else default_collate,
         num_workers=workers,
+        worker_init_fn=shield_worker,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         # Of its own, to keep the loader's hands off the global random state; streams are augmented by it.
@@ -248,6 +250,7 @@ def eval_loader(
         collate_fn=fast_collate if prefetch else default_collate,
         generator=torch.Generator(),
         num_workers=workers,
+        worker_init_fn=shield_worker,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
     )
