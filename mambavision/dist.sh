@@ -4,7 +4,7 @@
 # From the environment, all optional:
 #   NNODES        machines, on each of which the script is started (default: 1)
 #   NODE_RANK     number of this machine, from 0 on (default: 0)
-#   MASTER_ADDR   address of the first machine (default: 127.0.0.1)
+#   MASTER_ADDR   address of the first machine, if there are several
 #   PORT          free port there (default: 29500)
 #   PYTHON        interpreter (default: python)
 
@@ -22,7 +22,6 @@ distribute() { # distribute PROGRAM "NAME_OF_ARGUMENT ..." [ARGUMENT ...] GPUS [
         echo "error: GPUS must be a number from 1 on, got $gpus: $script ${names[*]} GPUS [OPTION ...]" >&2
         return 2
     fi
-    "${PYTHON:-python}" -m torch.distributed.run --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
-        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${PORT:-29500}" --nproc-per-node "$gpus" \
+    exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/start.py" "$gpus" \
         "$(dirname "${BASH_SOURCE[1]}")/$program" "${@:1:count}" "${@:count+2}"
 }

@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from typing import Literal, NoReturn
 
 USAGE, BAD_DATA, IO_FAILURE, PREEMPTED = 2, 65, 74, 75  # exit statuses, all but the first as in sysexits.h
 
@@ -35,7 +37,7 @@ class OutputError(UserError):
 
 
 class Interruption(KeyboardInterrupt):
-    """Ctrl-C, or SIGTERM, by which Slurm and timeout end programs; `advice` may say how to go on."""
+    """Ctrl-C, or SIGTERM or SIGUSR1, by which Slurm and timeout end programs; `advice` may say how to go on."""
 
     advice = ""
 
@@ -51,17 +53,44 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a program; errors of the user and interruptions end it with a sentence on stderr instead of a traceback."""
+    """Run a program; errors of the user and interruptions end it with a sentence on stderr instead of a traceback.
+
+    Of several processes the one that fails first says why, in the last words of the program: the others, which fail
+    because it is gone or because they were all asked for the same, keep silent and take over its exit status.
+    """
     _raise_interruptions()
     try:
         _check_backend()
         main()
     except UserError as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        raise SystemExit(error.exit_status) from None
+        _end("fail", f"error: {_sentence(error)}", error.exit_status)
     except Interruption as interruption:
-        print(f"interrupted{interruption.advice}", file=sys.stderr)
-        raise SystemExit(interruption.exit_status) from None
+        _end("stop", f"interrupted{interruption.advice}", interruption.exit_status)
+    except Exception:
+        if _rank() is None:
+            raise
+        _end("fail", traceback.format_exc().rstrip(), 1)
+
+
+def _end(how: Literal["fail", "stop"], text: str, status: int) -> NoReturn:
+    rank = _rank()
+    if rank is not None:
+        from mambavision import failure
+
+        getattr(failure, how)(text, status, rank)
+    print(text, file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _rank() -> int | None:
+    """Return the number of this process among several, or None if it is alone."""
+    from mambavision.launch import this_process
+
+    try:
+        process = this_process()
+    except UserError:  # it does not know
+        return None
+    return process.rank if process.is_distributed else None
 
 
 def _raise_interruptions() -> None:
@@ -75,7 +104,7 @@ def _raise_interruptions() -> None:
         if number == signal.SIGTERM:  # a worker process: it leaves the talking to the program
             os._exit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs of scripts have it
             signal.signal(number, interrupt)
 

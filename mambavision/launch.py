@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from mambavision import failure
 from mambavision.errors import UserError
 
 Launcher = Literal["none", "pytorch", "slurm"]
@@ -41,14 +43,31 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Process:
 
     The batch script of a Slurm job also sees SLURM_PROCID and SLURM_NTASKS, but is a single process: only a numbered
     step (srun) with several tasks counts.
+
+    Raises:
+        UserError: The variables make no sense.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        local_rank = int(environment.get("LOCAL_RANK", 0))
-        return Process(int(environment["RANK"]), local_rank, int(environment["WORLD_SIZE"]), "pytorch")
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+        rank, world_size = _number("RANK", environment), _number("WORLD_SIZE", environment)
+        local_rank = _number("LOCAL_RANK", environment) if "LOCAL_RANK" in environment else 0
+        if rank >= world_size:
+            raise UserError(
+                f"RANK={rank} is not one of WORLD_SIZE={world_size} processes, counted from 0 on; start the program "
+                "by torchrun or srun, or unset both variables to run it alone."
+            )
+        return Process(rank, local_rank, world_size, "pytorch")
+    tasks = _number("SLURM_STEP_NUM_TASKS", environment) if "SLURM_STEP_NUM_TASKS" in environment else 1
     if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit() and tasks > 1:
-        return Process(int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"]), tasks, "slurm")
+        rank, local_rank = _number("SLURM_PROCID", environment), _number("SLURM_LOCALID", environment)
+        return Process(rank, local_rank, tasks, "slurm")
     return Process()
+
+
+def _number(name: str, environment: Mapping[str, str]) -> int:
+    value = environment.get(name, "")
+    if not value.isdecimal():
+        raise UserError(f"{name}={value}: the variable must be a number from 0 on; unset it, or start by torchrun.")
+    return int(value)
 
 
 def set_rendezvous(process: Process, environment: dict[str, str] | os._Environ = os.environ) -> None:
@@ -93,14 +112,44 @@ def pick_device(name: str, process: Process) -> torch.device:
 
 
 def join(process: Process, device: torch.device) -> None:
-    """Join the process group, if there is more than one process."""
-    if process.is_distributed:
-        set_rendezvous(process)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_bound(device))
+    """Join the process group, if there is more than one process.
+
+    Raises:
+        UserError: The processes cannot find each other, or there are more of them than GPUs.
+    """
+    if not process.is_distributed:
+        return
+    set_rendezvous(process)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={process.world_size} says that there are several processes, but not {' or '.join(missing)} "
+            "where they find each other; start the program by torchrun or srun, or unset RANK and WORLD_SIZE."
+        )
+    store, *_ = next(torch.distributed.rendezvous("env://", process.rank, process.world_size))
+    if device.type == "cuda":
+        check_shares(process, f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}", store)
+    failure.begin_watch(store, process.rank)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=process.rank,
+        world_size=process.world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
-def _bound(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None
+def check_shares(process: Process, gpu: str, store: torch.distributed.Store) -> None:
+    """Raise a UserError on all processes if two of them have the same GPU: "HOST UUID" of that of this one."""
+    store.set(f"gpu/{process.rank}", gpu)
+    owner: dict[bytes, int] = {}
+    for rank in range(process.world_size):
+        other = owner.setdefault(store.get(f"gpu/{rank}"), rank)
+        if other != rank:
+            raise UserError(
+                f"processes {other} and {rank} have the same GPU of {gpu.split()[0]}; start at most as many processes "
+                "on each machine as it has GPUs, and give no number with --device."
+            )
 
 
 def any_process(flags: Sequence[bool] | Tensor, process: Process, device: torch.device) -> list[bool]:
@@ -115,6 +164,7 @@ def leave(process: Process) -> None:
     """Leave the process group, all processes together."""
     if not process.is_distributed:
         return
+    failure.end_watch()
     torch.distributed.barrier()
     if torch.distributed.get_backend() == "gloo":
         # Gloo's threads let go of the last collectives' tensors a little later, for which they need the interpreter's

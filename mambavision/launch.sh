@@ -8,43 +8,66 @@
 #   NODES        machines (default: 1; more than 1 needs Slurm)
 #   PARTITION, ACCOUNT, TIME, JOB_NAME    as sbatch's options of these names
 #   SBATCH_OPTIONS                        further options of sbatch, as in SBATCH_OPTIONS="--exclusive --mem=0"
+#   WARN         seconds before its time limit at which a job of train.sh is warned, saves its state and is queued again
+#                (default: 120; 0: not at all)
+#   MAX_REQUEUES how often such a job is queued again (default: 100); read by the program
 #   PYTHON       interpreter (default: python)
 
-launch() { # launch PROGRAM [ARGUMENT ...]
+launch_training() { # launch_training PROGRAM [ARGUMENT ...]: a program that saves its state when it is told to leave
+    local warn=${WARN:-120} surviving=(--requeue)
+    if [[ ! $warn =~ ^[0-9]+$ ]]; then
+        echo "error: WARN=$warn is no number of seconds" >&2
+        return 2
+    fi
+    ((warn == 0)) || surviving+=(--signal=USR1@"$warn")
+    launch "$@"
+}
+
+launch() { # launch PROGRAM [ARGUMENT ...]: takes the place of this shell, so that signals reach the program
     local nodes=${NODES:-1} python=${PYTHON:-python} where=${LAUNCH:-$(default_launch)} gpus processes
     if [[ $where != local && $where != slurm ]]; then
         echo "error: LAUNCH=$where is not known; use local or slurm" >&2
         return 2
     fi
     gpus=${GPUS:-$(default_gpus "$where")}
-    processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
+    processes=${PROCESSES:-$gpus}
+    [[ -n ${PROCESSES:-} || $gpus != 0 ]] || processes=1
+    check_counts "$nodes" "$gpus" "$processes" || return
 
     if [[ $where == local ]]; then
         if ((nodes > 1)); then
             echo "error: NODES=$nodes needs Slurm, and this is a start on one machine (no sbatch here, or LAUNCH=local)" >&2
             return 2
         fi
-        if ((processes > 1)); then
-            "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" "$@"
-        else
-            "$python" -u "$@"
-        fi
-        return
+        ((processes > 1)) || exec "$python" -u "$@"
+        exec "$python" "$(dirname "${BASH_SOURCE[0]}")/start.py" "$processes" "$@"
     fi
 
     local shape=(--nodes="$nodes" --ntasks-per-node="$processes")
     ((gpus == 0)) || shape+=(--gres=gpu:"$gpus")
     local step=(srun "${shape[@]}" --kill-on-bad-exit=1 --label "$python" -u "$@")
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        "${step[@]}"
-        return
-    fi
+    [[ -z ${SLURM_JOB_ID:-} ]] || exec "${step[@]}"
     # shellcheck disable=SC2086 # SBATCH_OPTIONS is a list of words
     sbatch "${shape[@]}" --job-name="${JOB_NAME:-$(basename "$1" .py)}" --chdir="$PWD" --output="%x-%j.log" \
+        --open-mode=append ${surviving[@]+"${surviving[@]}"} \
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"} ${TIME:+--time="$TIME"} \
         ${SBATCH_OPTIONS:-} --wrap="$(printf '%q ' "${step[@]}")" && return
     echo "error: sbatch did not take the job; with LAUNCH=local it runs on this machine" >&2
     return 1
+}
+
+check_counts() { # check_counts NODES GPUS PROCESSES
+    local name
+    for name in "NODES=$1" "GPUS=$2" "PROCESSES=$3"; do
+        if [[ ! ${name#*=} =~ ^(0|[1-9][0-9]*)$ || $name == NODES=0 || $name == PROCESSES=0 ]]; then
+            echo "error: $name is not a number that works here; NODES and PROCESSES count from 1 on, GPUS from 0 on" >&2
+            return 2
+        fi
+    done
+    if (($2 > 0 && $3 > $2)); then
+        echo "error: PROCESSES=$3 are more than GPUS=$2 of a machine; each process needs a GPU of its own" >&2
+        return 2
+    fi
 }
 
 default_launch() {

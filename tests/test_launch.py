@@ -1,7 +1,9 @@
 """Starting programs: alone, by torchrun, by srun, and by the shell scripts."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 from conftest import ROOT, SETTING
 from mambavision.errors import UserError
-from mambavision.launch import Process, pick_device, set_rendezvous, this_process
+from mambavision.launch import Process, check_shares, join, pick_device, set_rendezvous, this_process
 
 STEP = {
     "SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -33,6 +35,42 @@ STEP = {
 )
 def test_launcher_is_recognised(environment, expected):
     assert this_process(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4 is not one of WORLD_SIZE=4 processes"),
+        ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK=-1: the variable must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two: the variable must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK=: the variable must be a number"),
+        (STEP | {"SLURM_PROCID": "x"}, "SLURM_PROCID=x: the variable must be a number"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused(environment, complaint):
+    with pytest.raises(UserError, match=complaint):
+        this_process(environment)
+
+
+def test_processes_must_be_able_to_find_each_other(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 says .* but not MASTER_ADDR where they find each other"):
+        join(Process(1, 1, 2, "pytorch"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("gpus", "pair"), [("abc", None), ("aba", (0, 2)), ("bba", (0, 1))])
+def test_processes_do_not_share_gpus(gpus, pair):
+    store = torch.distributed.HashStore()
+    for rank, gpu in enumerate(gpus):
+        store.set(f"gpu/{rank}", f"n1 GPU-{gpu}")
+    for rank, gpu in enumerate(gpus):
+        with (
+            pytest.raises(UserError, match="processes {} and {} have the same GPU of n1".format(*pair))
+            if pair
+            else (contextlib.nullcontext())
+        ):
+            check_shares(Process(rank, rank, 3), f"n1 GPU-{gpu}", store)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +146,97 @@ def _free_port():
         return server.getsockname()[1]
 
 
+# Several processes on one machine
+
+REPORT = """
+import os, signal, sys, time
+signals = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: signals.append(number))
+rank = int(os.environ["RANK"])
+if sys.argv[1] == "fail":
+    if rank == 1:
+        time.sleep(0.3)
+        sys.exit(75)
+    while not signals:
+        time.sleep(0.01)
+    sys.exit(3)
+if sys.argv[1] == "die":
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+line = " ".join(os.environ[name] for name in names) + " " + " ".join(sys.argv[1:]) + "\\n"
+os.write(1, line.encode())
+while sys.argv[1] == "wait" and not signals:
+    time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(sum(signals))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    program = tmp_path / "report.py"
+    program.write_text(REPORT)
+
+    def begin(count, *words, **environment):
+        command = [sys.executable, str(ROOT / "mambavision/start.py"), str(count), str(program), *words]
+        environment = {"PATH": os.environ["PATH"]} | environment
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return begin
+
+
+def test_processes_are_told_who_they_are(start):
+    output, errors = start(2, "a b", "c", MASTER_ADDR="elsewhere", PORT="1").communicate(timeout=60)
+    first, second = sorted(line.split() for line in output.splitlines())
+    port = first.pop(5)
+    assert second.pop(5) == port
+    assert 0 < int(port) < 2**16
+    assert first == ["0", "0", "2", "2", "127.0.0.1", "1", "a", "b", "c"]
+    assert second == ["1", "1", "2", "2", "127.0.0.1", "1", "a", "b", "c"]
+    assert errors == ""
+    second_machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "OMP_NUM_THREADS": "4"}
+    output, _ = start(2, "x", **second_machine).communicate(timeout=60)
+    assert sorted(output.splitlines()) == ["2 0 4 2 10.0.0.1 29500 4 x", "3 1 4 2 10.0.0.1 29500 4 x"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_are_passed_on_once(start, number):
+    program = start(2, "wait")
+    assert program.stdout.readline()
+    assert program.stdout.readline()
+    program.send_signal(number)
+    program.communicate(timeout=60)
+    assert program.returncode == number
+
+
+def test_status_is_that_of_the_first_to_fail(start):
+    program = start(3, "fail")
+    program.communicate(timeout=60)
+    assert program.returncode == 75
+
+
+def test_killed_processes_are_named(start):
+    program = start(1, "die")
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 128 + signal.SIGKILL
+    assert errors == "error: process 0 of this machine was ended by SIGKILL\n"
+
+
+@pytest.mark.parametrize(
+    ("machines", "complaint"),
+    [
+        ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR, the address of the first machine"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 is not one of NNODES=1 machines, counted from 0 on"),
+    ],
+)
+def test_machines_that_do_not_fit_are_refused(start, machines, complaint):
+    program = start(1, "x", **machines)
+    _, errors = program.communicate(timeout=60)
+    assert (program.returncode, errors) == (2, f"error: {complaint}\n")
+
+
 # The shell scripts, with programs that show their arguments in place of Slurm's
 
 
@@ -135,12 +264,45 @@ def test_scripts_run_a_program_where_there_is_no_slurm(shell):
     shell.fake("python")
     assert shell("train.sh", "--tag", "a b").stdout == "<python><-u><train.py><--tag><a b>"
     shown = shell("test.sh", "--checkpoint", "x", GPUS="4").stdout
-    assert (
-        shown == "<python><-m><torch.distributed.run><--standalone><--nproc-per-node><4><validate.py><--checkpoint><x>"
-    )
+    assert shown == "<python><../mambavision/start.py><4><validate.py><--checkpoint><x>"
     refused = shell("train.sh", NODES="2")
     assert refused.returncode == 2
     assert "NODES=2 needs Slurm" in refused.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signals_to_scripts_reach_the_program(shell, processes, tmp_path):
+    """By the process number of the script, as that of a background job is known."""
+    program = tmp_path / "tools" / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        "print(os.getpid(), flush=True)\nsignal.pause()\n"
+    )
+    program.chmod(0o755)
+    command = ["bash", str(ROOT / "classification/train.sh")]
+    environment = {"PATH": str(program.parent), "PYTHON": "python", "PROCESSES": str(processes)}
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert int(script.stdout.readline()) == script.pid
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(60) == 75
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"GPUS": "2", "PROCESSES": "4"}, "PROCESSES=4 are more than GPUS=2 of a machine"),
+        ({"GPUS": "two"}, "GPUS=two is not a number that works here"),
+        ({"PROCESSES": "0"}, "PROCESSES=0 is not a number that works here"),
+        ({"NODES": "-1"}, "NODES=-1 is not a number that works here"),
+        ({"WARN": "soon"}, "WARN=soon is no number of seconds"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(shell, settings, complaint):
+    for program in ("python", "sbatch"):
+        shell.fake(program)
+        refused = shell("train.sh", **settings)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert complaint in refused.stderr
 
 
 def test_scripts_submit_jobs(shell):
@@ -163,6 +325,19 @@ def test_scripts_submit_jobs(shell):
     )
     assert r"--tag a\ b" in wrapped
     assert "<--gres" not in shell("train.sh", GPUS="0").stdout
+
+
+def test_jobs_of_training_are_queued_again(shell):
+    shell.fake("sbatch")
+    shown = shell("train.sh").stdout
+    assert "<--open-mode=append><--requeue><--signal=USR1@120>" in shown
+    assert "<--requeue><--signal=USR1@600>" in shell("train.sh", WARN="600").stdout
+    assert "--signal" not in shell("train.sh", WARN="0").stdout
+    shown = shell("test.sh").stdout
+    assert "--requeue" not in shown
+    assert "--signal" not in shown
+    for folder in ("object_detection/tools", "semantic_segmentation/tools"):
+        assert "<--signal=USR1@120>" in shell("train.sh", "config.py", folder=folder).stdout
 
 
 def test_scripts_run_where_they_are_told_to(shell):
@@ -194,18 +369,13 @@ def test_scripts_use_an_allocation(shell):
 @pytest.mark.parametrize("folder", ["object_detection/tools", "semantic_segmentation/tools"])
 def test_scripts_with_the_number_of_gpus(shell, folder):
     shell.fake("python")
-    launcher = (
-        "<python><-m><torch.distributed.run><--nnodes><{}><--node-rank><{}><--master-addr><{}><--master-port><{}>"
-    )
+    launcher = f"<python><{ROOT / folder}/../../mambavision/start.py>"
     shown = shell("dist_train.sh", "a b.py", "1", folder=folder).stdout
-    start = launcher.format(1, 0, "127.0.0.1", 29500)
-    assert shown == f"{start}<--nproc-per-node><1><{ROOT / folder / 'train.py'}><a b.py>"
+    assert shown == f"{launcher}<1><{ROOT / folder / 'train.py'}><a b.py>"
     words = ("config.py", "weights.pth", "8", "--cfg-options", "a='b c'")
-    machines = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "PORT": "1234"}
-    shown = shell("dist_test.sh", *words, folder=folder, **machines).stdout
-    start = launcher.format(2, 1, "10.0.0.1", 1234)
+    shown = shell("dist_test.sh", *words, folder=folder).stdout
     program = ROOT / folder / "test.py"
-    assert shown == f"{start}<--nproc-per-node><8><{program}><config.py><weights.pth><--cfg-options><a='b c'>"
+    assert shown == f"{launcher}<8><{program}><config.py><weights.pth><--cfg-options><a='b c'>"
 
 
 @pytest.mark.parametrize(
