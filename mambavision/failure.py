@@ -4,6 +4,7 @@ The processes share a store, in which the first to fail leaves its number and ex
 later, because the connection to it is lost, or wait in a collective that never ends: they keep silent and end too.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -127,11 +128,11 @@ def _record(text: str) -> None:
 
 
 def _end(status: int, rank: int) -> NoReturn:
-    if _watch is None:
-        raise SystemExit(status)
-    if rank == 0:
-        time.sleep(_LINGER_SECONDS)
-    _leave_at_once(status)
+    if _watch is not None:
+        atexit.register(_leave_at_once, status)
+        if rank == 0:
+            time.sleep(_LINGER_SECONDS)
+    raise SystemExit(status)
 
 
 def _leave_at_once(status: int) -> NoReturn:
