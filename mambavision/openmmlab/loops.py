@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed
 from mmengine import Config
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import broadcast, get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, set_random_seed
@@ -43,14 +43,20 @@ class _LeaveValidationError(Exception):
 
 
 class _WatchValidation(Hook):
-    """Breaks a validation off if any process was asked to leave, unless gradients of half a step would be lost."""
+    """Breaks a validation off if any process was asked to leave, unless gradients of half a step would be lost.
+
+    Also lets all processes validate the model that is in the checkpoint: batch norms that are not synchronised have
+    statistics of their own on each, and those of the first are saved.
+    """
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals
         self._common = 0
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Find out how many batches all processes have: some may have one more than others."""
+        """Find out how many batches all processes have, as some may have one more than others."""
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
         batches = torch.tensor(len(runner.val_loop.dataloader), device=collective_device())
         if current_process().is_distributed:
             torch.distributed.all_reduce(batches, torch.distributed.ReduceOp.MIN)

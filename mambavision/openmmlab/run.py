@@ -12,7 +12,7 @@ from mmengine import Config
 from mmengine.dist import is_main_process
 from mmengine.runner import CheckpointLoader, Runner
 
-from mambavision.checkpoint import check_writable, read_checkpoint
+from mambavision.checkpoint import check_writable, read_checkpoint, remove_temporaries
 from mambavision.errors import CheckpointError, Interruption, UserError
 from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
 from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
@@ -211,8 +211,7 @@ def _tidy(work_dir: Path, is_resumed: bool) -> None:
     """Delete what a killed run left half written and, where a new run starts, what a preempted one left."""
     if not is_main_process():
         return
-    for temporary in work_dir.glob(".*.tmp"):
-        temporary.unlink()
+    remove_temporaries(work_dir)
     if not is_resumed:
         unmark(work_dir)
         (work_dir / RECOVERY).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from mmengine.dist import get_comm_device, get_local_rank, get_rank, get_world_size, is_distributed
+from mmengine.dist import get_comm_device, get_rank, get_world_size, is_distributed
 from mmengine.optim import OptimWrapper
 
 from mambavision.errors import UserError
@@ -16,7 +16,7 @@ from mambavision.preemption import StopSignals
 
 def current_process() -> Process:
     """Return this process among those that mmengine knows of."""
-    return Process(get_rank(), get_local_rank() if is_distributed() else 0, get_world_size())
+    return Process(get_rank(), world_size=get_world_size())
 
 
 def collective_device() -> torch.device:
