@@ -11,7 +11,7 @@ from conftest import ROOT
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import PREEMPTED
 
-TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "preempted_detector.py"}
+TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "small_preempted_detector.py"}
 
 
 @pytest.fixture(scope="module")
