@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import get_comm_device, get_rank, get_world_size, is_distributed
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mambavision.errors import UserError
 from mambavision.finite import FiniteGuard
@@ -35,12 +35,13 @@ class GuardedSteps:
     """
 
     def __init__(self, wrapper: OptimWrapper, guard: FiniteGuard, signals: StopSignals) -> None:
-        if not isinstance(wrapper, OptimWrapper):
+        if isinstance(wrapper, OptimWrapperDict):
             raise UserError(f"optim_wrapper: {type(wrapper).__name__} has several optimizers; give one.")
         self.batch: Any = None
         self.leaves = False
         self._guard, self._signals, self._optimizer = guard, signals, wrapper.optimizer
-        self._has_loss_scale = hasattr(wrapper, "loss_scaler")
+        scaler = getattr(wrapper, "loss_scaler", None)
+        self._has_loss_scale = scaler is not None and scaler.is_enabled()
         self._was_taken = False
         self._optimizer.register_step_pre_hook(self._note_taken)
         wrapper.update_params = self._noting_loss(wrapper.update_params)

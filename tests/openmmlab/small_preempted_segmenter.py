@@ -5,4 +5,4 @@ train_cfg = dict(max_iters=10, val_interval=4)
 optim_wrapper = dict(accumulative_counts=2, clip_grad=dict(max_norm=1.0))
 model = dict(backbone=dict(drop_path_rate=0.2))
 default_hooks = dict(checkpoint=dict(interval=4, max_keep_ckpts=1, save_best="mIoU"))
-custom_hooks = [dict(type="EMAHook", momentum=0.1), dict(type="AskToLeave")]
+custom_hooks = [dict(type="EMAHook", momentum=0.1), dict(type="Disturb")]

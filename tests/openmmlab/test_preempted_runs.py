@@ -1,6 +1,7 @@
 """Detectors and segmenters in training that are asked to leave, and go on as if they had not been."""
 
 import json
+import re
 from functools import cache
 
 import pytest
@@ -9,7 +10,7 @@ from ranks import run_ranks
 
 from conftest import ROOT
 from mambavision.checkpoint import read_checkpoint
-from mambavision.errors import PREEMPTED
+from mambavision.errors import BAD_DATA, PREEMPTED
 
 TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "small_preempted_detector.py"}
 
@@ -94,7 +95,7 @@ def test_the_same_command_goes_on_exactly(case, train, uninterrupted, tmp_path):
     task, ranks, asked = CASES[case]
     work_dir = tmp_path / "run"
     for ask, iteration in asked.items():
-        left = train(task, work_dir, ranks=ranks, ASK=ask)
+        left = train(task, work_dir, ranks=ranks, DISTURB=ask)
         assert [finished.status for finished in left] == [PREEMPTED] * ranks, left[0].output
         assert "Traceback" not in left[0].output
         last = left[0].output.splitlines()[-1]
@@ -105,3 +106,34 @@ def test_the_same_command_goes_on_exactly(case, train, uninterrupted, tmp_path):
     assert "this run was preempted, and goes on; to start anew, give --resume never" in gone_on[0].output
     assert not {"preempted", "recovery.pth"} & {path.name for path in work_dir.iterdir()}
     assert_same_run(work_dir, uninterrupted(task, ranks))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_do_not_depend_on_the_number_of_processes(task, data, uninterrupted, tmp_path):
+    """Three pictures in batches of two, for one process, two and three; a detector of detections to score."""
+    config, checkpoint = ROOT / "tests" / "openmmlab" / TASKS[task], next(uninterrupted(task, 1).glob("[ei]*_*.pth"))
+    program = ROOT / task / "tools" / "test.py"
+    found = {}
+    for ranks in (1, 2, 3):
+        words = [config, checkpoint, "--work-dir", tmp_path / str(ranks), "--cfg-options"]
+        words += ["test_dataloader.batch_size=2", "test_dataloader.num_workers=0"]
+        finished = run_ranks(program, words, tmp_path / f"{ranks}.log", ranks, NEARLY_RIGHT="1", **data)
+        assert [each.status for each in finished] == [0] * ranks, finished[0].output
+        (scores,) = (tmp_path / str(ranks)).glob("*/*.json")
+        found[ranks] = {key: value for key, value in json.loads(scores.read_text()).items() if "time" not in key}
+    assert any(0 < score < 1 for score in found[1].values()) or found[1]["mIoU"] > 0
+    assert found[2] == pytest.approx(found[1], abs=1e-6)
+    assert found[3] == pytest.approx(found[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_all_processes_stop_before_a_step_that_one_cannot_take(task, train, tmp_path):
+    stopped = train(task, tmp_path / "run", ranks=2, DISTURB="train 3 nan 1")
+    assert [finished.status for finished in stopped] == [BAD_DATA] * 2, stopped[0].output
+    for finished in stopped:
+        *_, sentence, weights = finished.output.splitlines()
+        assert weights == "same weights: True"
+        assert sentence.startswith("error: the loss is not finite; stopped before the optimizer's step. Samples:")
+        assert re.search(r"Samples: process 1: \S+\.jpg(, \S+\.jpg)*\. This was iteration 4, and", sentence)
+        assert "Traceback" not in finished.output
+    assert not (tmp_path / "run" / "recovery.pth").exists()
