@@ -33,6 +33,7 @@ SHAPES = [
     (1, 20, 17, 2, 13, 16),
     (2, 40, 7, 7, 8, 1),
     (1, 9, 14, 14, 7, 5),
+    (1, 36, 9, 6, 4, 8),
 ]
 
 
@@ -356,11 +357,12 @@ def test_images_do_not_mix_and_may_be_transposed(backend, seed, order_of_images,
 
 @pytest.mark.parametrize("split", [False, True], ids=["a block for a route", "a block for a round"])
 @pytest.mark.parametrize("shared_sums", [True, False], ids=["sums in shared memory", "sums elsewhere"])
-def test_cuda_kernels_may_cut_routes_up(monkeypatch, shared_sums, split):
+@pytest.mark.parametrize("state", [1, 3, 8, 16])
+def test_cuda_kernels_may_cut_routes_up(monkeypatch, state, shared_sums, split):
     """Small images are computed in one round; these are cut up as large ones would be."""
     if emulation.BACKEND not in backends(OPERATOR):
         pytest.skip("no compiler for the emulator")
-    arguments = inputs(2, 21, 5, 9, 3, 2, dtype=torch.float16)
+    arguments = inputs(2, 21, 5, 9, 3, state, dtype=torch.float16)
     expected = with_gradients([each.double() for each in arguments], 1.0, function=ss2d)
     monkeypatch.setattr(cuda, "plan_of", lambda *shape: cuda.Plan(2, 2, 2, shared_sums))
     monkeypatch.setattr(cuda, "gpu_of", lambda device: cuda.Gpu(132 if split else 1, 0))

@@ -7,7 +7,9 @@
 
 namespace {
 
-constexpr int kForwardSteps = 8;  // registers are enough for 8 positions of one state, or 4 of several
+// Registers are enough for 8 positions of one state, or 4 of several. Maps of 7 x 7 and multiples of it are cut into
+// segments of 7, for which there are kernels without an eighth position.
+constexpr int kForwardSteps = 8;
 constexpr int kForwardThreads = 448;
 
 // Where the outputs of routes are added up.
@@ -22,11 +24,11 @@ struct Routes {
 };
 
 // Outputs of all states for one lane, and the states at the end of the round.
-template <class T, int kSteps, int kStates>
-__device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Rounds& rounds, int round, bool split,
+template <class P, int kSteps>
+__device__ __forceinline__ void scan_round(const Work<P, kSteps>& work, const Rounds& rounds, int round, bool split,
                                            float* shared, int& turn, float (&y)[kSteps][4]) {
     const Lane lane = work.lane;
-    const int states = kStates ? kStates : work.problem.states, warps = blockDim.x / 32;
+    const int states = work.problem.states(), warps = blockDim.x / 32;
     float* const carried = shared + 2 * warps * 2 * kTile;  // (2, states, kTile)
     float step[kSteps][4], drive[kSteps][4];
     work.step_sizes(step);
@@ -35,15 +37,16 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
         work.load_x(i, drive[i]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            drive[i][c] = i < work.segment.count ? drive[i][c] * step[i][c] : 0.0f;
+            drive[i][c] *= step[i][c];
             y[i][c] = 0;
         }
     }
 #pragma unroll 1
     for (int n = 0; n < states; ++n, ++turn) {
-        float C[kSteps], input[kSteps][4], decay[kSteps][4];
+        float B[kSteps], C[kSteps], input[kSteps][4], decay[kSteps][4];
         Map map[4];
-        work.inputs(n, drive, input);
+        work.load_couplings(n, B, C);
+        inputs(drive, B, input);
         local_maps(work, n, step, input, decay, map);
         float* const published = shared + turn % 2 * warps * 2 * kTile + 4 * lane.q;  // (warps, 2, kTile)
 #pragma unroll
@@ -56,7 +59,6 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
             map[c] = exclude<true>(map[c], lane.g);
         }
         __syncthreads();
-        work.load_column(work.problem.rank + states + n, C);
         float state[4] = {};
         if (split)
             load_four(rounds.at(1, work.batch, work.route, round, n, work.channel), true, state);
@@ -79,16 +81,40 @@ __device__ __forceinline__ void scan_round(const Work<T, kSteps>& work, const Ro
     }
 }
 
-template <class T, int kSteps, int kStates>
+// Adds D x, of all routes.
+template <class P, int kSteps>
+__device__ __forceinline__ void add_skip(const Work<P, kSteps>& work, float (&y)[kSteps][4]) {
+    float skip[4], x[4];
+    work.load_skip(skip);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        work.load_x(i, x);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) y[i][c] += skip[c] * x[c];
+    }
+}
+
+template <int kSteps>
+__device__ __forceinline__ void add_sums(const float* total, int pitch, const Segment<kSteps>& segment,
+                                         float (&y)[kSteps][4]) {
+    float sum[kSteps][4];
+    load_segment(total, pitch, segment, true, sum);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) y[i][c] += sum[i][c];
+}
+
+template <class P, int kSteps>
 __global__ void __launch_bounds__(kForwardThreads)
-    forward(const __grid_constant__ Problem<T> problem, Rounds rounds, Sums sums, Routes routes, Image out) {
+    forward(const __grid_constant__ P problem, Rounds rounds, Sums sums, Routes routes, Image out) {
     VK_DYNAMIC_SHARED(float, shared);
-    int64_t block = blockIdx.x;
-    const int first_round = routes.split ? int(block % problem.rounds) : 0;
+    int block = blockIdx.x;
+    const int first_round = routes.split ? block % problem.rounds : 0;
     const int last_round = routes.split ? first_round + 1 : problem.rounds;
     if (routes.split) block /= problem.rounds;
-    const int tile = int(block % problem.tiles()), batch = int(block / problem.tiles());
-    const int warps = blockDim.x / 32, states = kStates ? kStates : problem.states;
+    const int tile = block % problem.tiles(), batch = block / problem.tiles();
+    const int warps = blockDim.x / 32, states = problem.states();
     const int in_tile = threadIdx.x % 4 * 4, channel = tile * kTile + in_tile;
     float* total = sums.data ? sums.data + int64_t(batch) * problem.length * sums.pitch + channel
                              : shared + (2 * warps * 2 + 2 * states) * kTile + in_tile;
@@ -96,46 +122,31 @@ __global__ void __launch_bounds__(kForwardThreads)
     int turn = 0;
     for (int route = routes.first; route < routes.last; ++route)
         for (int round = first_round; round < last_round; ++round) {
-            const Work<T, kSteps> work(problem, batch, route, tile, round);
+            const Work<P, kSteps> work(problem, batch, route, tile, round);
             float y[kSteps][4];
-            scan_round<T, kSteps, kStates>(work, rounds, round, routes.split, shared, turn, y);
-            float skip[4] = {};
-            for (int j = 0; route == 0 && j < kRoutes; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    if (work.exists) skip[c] += problem.D[int64_t(j) * problem.dim + channel + c];
-#pragma unroll
-            for (int i = 0; i < kSteps; ++i) {
-                if (i >= work.segment.count) break;
-                float before[4];
-                float* const sum = total + work.segment.position[i] * sums.pitch;
-                if (route == 0) {
-                    work.load_x(i, before);
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) before[c] *= skip[c];
-                } else {
-                    load_four(sum, true, before);
-                }
-#pragma unroll
-                for (int c = 0; c < 4; ++c) y[i][c] += before[c];
-                if (route < kRoutes - 1)
-                    store_four(sum, y[i]);
-                else if (work.exists)
-                    out.store(batch, work.segment.position[i], channel, y[i]);
-            }
+            scan_round(work, rounds, round, routes.split, shared, turn, y);
+            if (route == 0)
+                add_skip(work, y);
+            else
+                add_sums(total, sums.pitch, work.segment, y);
+            if (route < kRoutes - 1)
+                store_segment(total, sums.pitch, work.segment, y);
+            else if (work.exists)
+                out.store(batch, work.segment, channel, y);
         }
 }
 
 // The map of each round, and of the gradients if kGradients: G before the round <- factor G behind it + offset.
-template <class T, int kSteps, bool kGradients>
-__global__ void __launch_bounds__(kForwardThreads) summarize(const __grid_constant__ Problem<T> problem, Rounds rounds, Image grad_y) {
+template <class P, int kSteps, bool kGradients>
+__global__ void __launch_bounds__(kForwardThreads)
+    summarize(const __grid_constant__ P problem, Rounds rounds, Image grad_y) {
     VK_DYNAMIC_SHARED(float, shared);  // (2, warps, 3, kTile)
-    int64_t block = blockIdx.x;
-    const int round = int(block % problem.rounds);
+    int block = blockIdx.x;
+    const int round = block % problem.rounds;
     block /= problem.rounds;
-    const int tile = int(block % problem.tiles());
+    const int tile = block % problem.tiles();
     block /= problem.tiles();
-    const Work<T, kSteps> work(problem, int(block / kRoutes), int(block % kRoutes), tile, round);
+    const Work<P, kSteps> work(problem, block / kRoutes, block % kRoutes, tile, round);
     const Lane lane = work.lane;
     const int warps = blockDim.x / 32;
     float step[kSteps][4], drive[kSteps][4], grad[kGradients ? kSteps : 1][4];
@@ -143,19 +154,16 @@ __global__ void __launch_bounds__(kForwardThreads) summarize(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
         work.load_x(i, drive[i]);
-        if (kGradients) grad_y.load(work.batch, work.segment.position[i], work.channel, work.exists, grad[i]);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            drive[i][c] = i < work.segment.count ? drive[i][c] * step[i][c] : 0.0f;
-            if (kGradients && i >= work.segment.count) grad[i][c] = 0;
-        }
+        for (int c = 0; c < 4; ++c) drive[i][c] *= step[i][c];
     }
+    if constexpr (kGradients) grad_y.load(work.batch, work.segment, work.channel, work.exists, grad);
 #pragma unroll 1
-    for (int n = 0; n < problem.states; ++n) {
-        float C[kSteps], input[kSteps][4], decay[kSteps][4];
+    for (int n = 0; n < problem.states(); ++n) {
+        float B[kSteps], C[kSteps], input[kSteps][4], decay[kSteps][4];
         Map map[4];
-        work.inputs(n, drive, input);
-        if (kGradients) work.load_column(problem.rank + problem.states + n, C);
+        work.load_couplings(n, B, C);
+        inputs(drive, B, input);
         local_maps(work, n, step, input, decay, map);
         float* const published = shared + n % 2 * warps * 3 * kTile + 4 * lane.q;
 #pragma unroll
@@ -217,39 +225,40 @@ __global__ void __launch_bounds__(kThreads) carry(Rounds rounds, int64_t routes,
     }
 }
 
-template <class T, int kSteps, int kStates>
-const char* run_forward(void* stream, const Problem<T>& problem, const Rounds& rounds, const View* sums, const View* y,
+template <int kSteps, class P>
+const char* run_forward(void* stream, const P& problem, const Rounds& rounds, const View* sums, const View* y,
                         int64_t warps, bool split) {
     const Sums target{sums ? static_cast<float*>(sums->data) : nullptr, sums ? int(sums->size[2]) : kTile};
-    size_t shared = (2 * warps * 2 + 2 * problem.states) * kTile * sizeof(float);
+    size_t shared = (2 * warps * 2 + 2 * problem.states()) * kTile * sizeof(float);
     if (!sums) shared += size_t(problem.length) * kTile * sizeof(float);
     const unsigned blocks = problem.batch * problem.tiles(), threads = unsigned(32 * warps);
     const Image out(y);
     if (!split)
-        return launch(forward<T, kSteps, kStates>, blocks, threads, shared, stream, problem, rounds, target,
+        return launch(forward<P, kSteps>, blocks, threads, shared, stream, problem, rounds, target,
                       Routes{0, kRoutes, false}, out);
     const char* error = nullptr;
     for (int route = 0; route < kRoutes && !error; ++route)
-        error = launch(forward<T, kSteps, kStates>, blocks * problem.rounds, threads, shared, stream, problem, rounds,
+        error = launch(forward<P, kSteps>, blocks * problem.rounds, threads, shared, stream, problem, rounds,
                        target, Routes{route, route + 1, true}, out);
     return error;
 }
 
 }  // namespace
 
-// x and y (batch, length, dim), their channels adjacent, in aligned fours; the rank even; projections of the type of x; the other inputs float32, all
-// contiguous. sums: null, or (batch, length, 16 tiles) float32 in place of shared memory. maps: null, or those between
-// rounds if each of these is to have a block.
+// x and y (batch, length, dim), their channels adjacent, in aligned fours; the rank even; projections of the type of x;
+// the other inputs float32, all contiguous. sums: null, or (batch, length, 16 tiles) float32 in place of shared memory.
+// maps: null, or those between rounds if each of these is to have a block.
 VK_ENTRY(ss2d_forward)
 (void* stream, const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A,
  const View* D, int64_t step0, int64_t step1, int64_t step2, int64_t step3, int64_t warps, int64_t steps, int64_t rounds,
  const View* sums, const View* maps, const View* y) {
-    return for_type(x->dtype, [&](auto type) {
-        using T = decltype(type);
-        Problem<T> problem(x, projections, dt_weight, dt_bias, A, D, {{step0, step1, step2, step3}}, steps, rounds);
-        const Rounds between(maps, problem);
-        auto run = problem.states == 1 ? run_forward<T, kForwardSteps, 1> : run_forward<T, kForwardSteps / 2, 0>;
-        return run(stream, problem, between, sums, y, warps, maps != nullptr);
+    const int64_t route_steps[kRoutes] = {step0, step1, step2, step3};
+    return for_problem(x, projections, dt_weight, dt_bias, A, D, route_steps, steps, rounds, [&](const auto& problem) {
+        using P = std::decay_t<decltype(problem)>;
+        constexpr bool kOneState = P::kKnownStates == 1;
+        constexpr int kMost = kOneState ? kForwardSteps : kForwardSteps / 2, kFewer = kOneState ? kMost - 1 : kMost;
+        auto run = steps > kFewer ? run_forward<kMost, P> : run_forward<kFewer, P>;
+        return run(stream, problem, Rounds(maps, problem), sums, y, warps, maps != nullptr);
     });
 }
 
@@ -258,16 +267,16 @@ VK_ENTRY(ss2d_maps)
 (void* stream, const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A,
  const View* D, int64_t step0, int64_t step1, int64_t step2, int64_t step3, int64_t warps, int64_t steps, int64_t rounds,
  const View* grad_y, const View* maps) {
-    return for_type(x->dtype, [&](auto type) {
-        using T = decltype(type);
-        Problem<T> problem(x, projections, dt_weight, dt_bias, A, D, {{step0, step1, step2, step3}}, steps, rounds);
+    const int64_t route_steps[kRoutes] = {step0, step1, step2, step3};
+    return for_problem(x, projections, dt_weight, dt_bias, A, D, route_steps, steps, rounds, [&](const auto& problem) {
+        using P = std::decay_t<decltype(problem)>;
         const Rounds between(maps, problem);
         const int64_t routes = int64_t(problem.batch) * kRoutes, blocks = routes * problem.tiles() * problem.rounds;
-        auto kernel = grad_y ? summarize<T, kForwardSteps / 2, true> : summarize<T, kForwardSteps, false>;
+        auto kernel = grad_y ? summarize<P, kForwardSteps / 2, true> : summarize<P, kForwardSteps, false>;
         const char* error = launch(kernel, unsigned(blocks), unsigned(32 * warps), 2 * warps * 3 * kTile * sizeof(float),
                                    stream, problem, between, Image(grad_y ? grad_y : x));
         if (error) return error;
-        const int64_t elements = routes * problem.states * between.pitch;
+        const int64_t elements = routes * problem.states() * between.pitch;
         return launch(carry, unsigned((elements + kThreads - 1) / kThreads), kThreads, 0, stream, between, routes,
                       grad_y != nullptr);
     });

@@ -18,8 +18,11 @@ constexpr int kWeightParts = 3;
 template <class T>
 constexpr int kGradientParts = sizeof(T) == 4 ? 3 : 2;
 
-template <class T>
+// kStates: the number of states if it is known to the compiler, else 0.
+template <class T, int kStates>
 struct Problem {
+    using Element = T;
+    static constexpr int kKnownStates = kStates;
     // Dimensions are divisible by four, ranks by two, and vectors of so many elements aligned.
     const T* x;            // (batch, length, dim), the channels adjacent
     const T* projections;  // (batch, length, route, rank + 2 states), contiguous: step sizes of low rank, B, C
@@ -29,27 +32,47 @@ struct Problem {
     const float* D;          // (route dim)
     int64_t x_by_batch;
     int x_by_position;
-    int batch, length, dim, rank, states;
-    int step[kRoutes];  // raster distance to the next position
+    int batch, length, dim, rank, given_states;
+    int step[kRoutes];     // raster distance to the next position
+    int in_line[kRoutes];  // positions of a row or column
     int steps, rounds;  // positions of a segment; passes of a block of `warps` to the end of a route
 
-    struct RouteSteps {
-        int64_t of[kRoutes];
-    };
-
     Problem(const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A, const View* D,
-            const RouteSteps& route_steps, int64_t steps, int64_t rounds)
+            const int64_t (&route_steps)[kRoutes], int64_t steps, int64_t rounds)
         : x(static_cast<const T*>(x->data)), projections(static_cast<const T*>(projections->data)),
           dt_weight(static_cast<const float*>(dt_weight->data)), dt_bias(static_cast<const float*>(dt_bias->data)),
           A(static_cast<const float*>(A->data)), D(static_cast<const float*>(D->data)), x_by_batch(x->stride[0]),
           x_by_position(int(x->stride[1])), batch(int(x->size[0])), length(int(x->size[1])), dim(int(x->size[2])),
-          rank(int(dt_weight->size[2])), states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)) {
-        for (int j = 0; j < kRoutes; ++j) step[j] = int(route_steps.of[j]);
+          rank(int(dt_weight->size[2])), given_states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)) {
+        for (int j = 0; j < kRoutes; ++j) {
+            step[j] = int(route_steps[j]);
+            if (abs(step[j]) == length) step[j] /= length;  // lines of one position are one line of all
+            in_line[j] = length / abs(step[j]);
+        }
     }
 
-    __host__ __device__ int columns() const { return rank + 2 * states; }
+    __host__ __device__ int states() const { return kStates ? kStates : given_states; }
+    __host__ __device__ int columns() const { return rank + 2 * states(); }
     __host__ __device__ int tiles() const { return (dim + kTile - 1) / kTile; }
 };
+
+// Calls body(problem) with the tensors and integers that all entries begin with, as a type for which kernels exist.
+template <class Body>
+const char* for_problem(const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A,
+                        const View* D, const int64_t (&route_steps)[kRoutes], int64_t steps, int64_t rounds,
+                        const Body& body) {
+    return for_type(x->dtype, [&](auto type) {
+        const auto with_states = [&](auto known) {
+            using P = Problem<decltype(type), decltype(known)::value>;
+            return body(P(x, projections, dt_weight, dt_bias, A, D, route_steps, steps, rounds));
+        };
+        const int64_t states = A->size[1];
+        if (states == 1) return with_states(std::integral_constant<int, 1>());
+        if (states == 8) return with_states(std::integral_constant<int, 8>());
+        if (states == 16) return with_states(std::integral_constant<int, 16>());
+        return with_states(std::integral_constant<int, 0>());
+    });
+}
 
 struct Lane {
     int warp, g, q;
@@ -91,6 +114,67 @@ __device__ __forceinline__ void store_four(T* target, const float (&source)[4]) 
     *reinterpret_cast<Four<T>*>(target) = four;
 }
 
+// Adjacent elements; the first one has an even index.
+template <class T>
+__device__ __forceinline__ void load_two(const T* source, float& first, float& second) {
+    if constexpr (kPartsOf<T> == 1) {
+        const unsigned pair = *reinterpret_cast<const unsigned*>(source);
+        first = low_of(pair), second = high_of(pair);
+    } else {
+        struct alignas(2 * sizeof(T)) Two {
+            T first, second;
+        } const two = *reinterpret_cast<const Two*>(source);
+        first = to_float(two.first), second = to_float(two.second);
+    }
+}
+
+// The positions of one segment. Behind the end of the route others follow: loads need no conditions.
+template <int kSteps>
+struct Segment {
+    int count;
+    int position[kSteps];  // in raster order
+
+    // From the beginning of a row or column to its end, then to the beginning of the next one; or all of it backwards.
+    // A step across the end of a line goes beyond the image, and from there to the next line: the same way for all lines.
+    __device__ __forceinline__ Segment(int first, int steps, int step, unsigned in_line, int length) {
+        count = max(0, min(steps, length - first));
+        const unsigned t = min(first, length - 1), line = t / in_line;
+        const int forwards = int(line + (t - line * in_line) * abs(step));
+        const int to_next_line = max(length - 1, 1), next_line = step < 0 ? to_next_line : -to_next_line;
+        position[0] = step < 0 ? length - 1 - forwards : forwards;
+#pragma unroll
+        for (int i = 1; i < kSteps; ++i) {
+            const int next = position[i - 1] + step;
+            position[i] = unsigned(next) < unsigned(length) ? next : next + next_line;
+        }
+    }
+};
+
+// What lies `position` times `stride` elements behind. Strides in bytes fit into 32 bits, so that it is one instruction
+// from a position to an address.
+template <class T>
+__device__ __forceinline__ T* at_position(T* image, int position, int stride) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    const unsigned bytes = unsigned(stride) * unsigned(sizeof(T));
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(image) + uint64_t(unsigned(position)) * bytes);
+}
+
+// Four channels at the positions of a segment; zeros behind its end, or if the channels do not exist.
+template <class T, int kSteps>
+__device__ __forceinline__ void load_segment(const T* image, int stride, const Segment<kSteps>& segment, bool exist,
+                                             float (&target)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+        load_four(at_position(image, segment.position[i], stride), exist && i < segment.count, target[i]);
+}
+template <class T, int kSteps>
+__device__ __forceinline__ void store_segment(T* image, int stride, const Segment<kSteps>& segment,
+                                              const float (&source)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+        if (i < segment.count) store_four(at_position(image, segment.position[i], stride), source[i]);
+}
+
 // Images (batch, length, dim) with adjacent channels, whose type matters only where they are read or written.
 struct Image {
     void* data;
@@ -100,113 +184,111 @@ struct Image {
     explicit Image(const View* view)
         : data(view->data), by_batch(view->stride[0]), dtype(int(view->dtype)), by_position(int(view->stride[1])) {}
 
+    // Calls body(image) with the address of a channel, of the type of the elements.
     template <class Body>
-    __device__ __forceinline__ void at(int batch, int position, int channel, const Body& body) const {
-        const int64_t offset = batch * by_batch + position * by_position + channel;
+    __device__ __forceinline__ void typed(int batch, int channel, const Body& body) const {
+        const int64_t offset = batch * by_batch + channel;
         if (dtype == kFloat32) return body(static_cast<float*>(data) + offset);
         if (dtype == kBFloat16) return body(static_cast<__nv_bfloat16*>(data) + offset);
         body(static_cast<__half*>(data) + offset);
     }
-    __device__ __forceinline__ void load(int batch, int position, int channel, bool exists, float (&target)[4]) const {
-        at(batch, position, channel, [&](auto* source) { load_four(source, exists, target); });
+    template <int kSteps>
+    __device__ __forceinline__ void load(int batch, const Segment<kSteps>& segment, int channel, bool exist,
+                                         float (&target)[kSteps][4]) const {
+        typed(batch, channel, [&](const auto* image) { load_segment(image, by_position, segment, exist, target); });
     }
-    __device__ __forceinline__ void store(int batch, int position, int channel, const float (&source)[4]) const {
-        at(batch, position, channel, [&](auto* target) { store_four(target, source); });
-    }
-};
-
-// The positions of one segment. Behind the last one it repeats them: loads need no conditions.
-template <int kSteps>
-struct Segment {
-    int count;
-    int position[kSteps];  // in raster order
-
-    // From the beginning of a row or column to its end, then to the beginning of the next one; or all of it backwards.
-    __device__ __forceinline__ Segment(int first, int steps, int step, int length) {
-        count = max(0, min(steps, length - first));
-        const int stride = abs(step), in_line = length / stride;
-        int t = min(first, length - 1);
-        if (step < 0) t = length - 1 - t;
-        int p = t % in_line * stride + t / in_line;
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-            position[i] = p;
-            int next = p + step;
-            next = next >= length ? next - (length - 1) : next;
-            next = next < 0 ? next + (length - 1) : next;
-            p = i + 1 < count ? next : p;
-        }
+    template <int kSteps>
+    __device__ __forceinline__ void store(int batch, const Segment<kSteps>& segment, int channel,
+                                          const float (&source)[kSteps][4]) const {
+        typed(batch, channel, [&](auto* image) { store_segment(image, by_position, segment, source); });
     }
 };
 
 // A warp's part of a round, as one lane sees it.
-template <class T, int kSteps>
+template <class P, int kSteps>
 struct Work {
-    const Problem<T>& problem;
+    using T = typename P::Element;
+    const P& problem;
     Lane lane;
     int batch, route, tile, channel;  // the first of four channels
     bool exists;                     // they do; their number is divisible by four
     Segment<kSteps> segment;
 
-    __device__ __forceinline__ Work(const Problem<T>& problem, int batch, int route, int tile, int round)
+    __device__ __forceinline__ Work(const P& problem, int batch, int route, int tile, int round)
         : problem(problem), batch(batch), route(route), tile(tile), channel(tile * kTile + 4 * lane.q),
           exists(channel < problem.dim),
           segment((round * int(blockDim.x / 4) + lane.warp * 8 + lane.g) * problem.steps, problem.steps,
-                  problem.step[route], problem.length) {}
+                  problem.step[route], problem.in_line[route], problem.length) {}
 
-    // Offsets inside of an image have 32 bits, which saves registers.
-    __device__ __forceinline__ const T* projections(int position) const {
+    // Channels that do not exist get the numbers of others: what comes of them is not written.
+    __device__ __forceinline__ int some_channel() const { return min(channel, problem.dim - 4); }
+    __device__ __forceinline__ int64_t parameters() const { return int64_t(route) * problem.dim + some_channel(); }
+
+    // A column of the projections.
+    __device__ __forceinline__ const T* projections(int position, int column) const {
         const T* image = problem.projections + (int64_t(batch) * problem.length * kRoutes + route) * problem.columns();
-        return image + position * (kRoutes * problem.columns());
+        return at_position(image + column, position, kRoutes * problem.columns());
     }
-    // Channels that do not exist get some numbers: what comes of them is not written.
     __device__ __forceinline__ void load_x(int i, float (&x)[4]) const {
-        const T* image = problem.x + batch * problem.x_by_batch + min(channel, problem.dim - 4);
-        load_four(image + segment.position[i] * problem.x_by_position, true, x);
+        const T* image = problem.x + batch * problem.x_by_batch + some_channel();
+        load_four(at_position(image, segment.position[i], problem.x_by_position), true, x);
     }
-    // Column `column` of the projections at each position.
-    __device__ __forceinline__ void load_column(int column, float (&target)[kSteps]) const {
+    // The sum of D over all routes.
+    __device__ __forceinline__ void load_skip(float (&skip)[4]) const {
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) target[i] = to_float(projections(segment.position[i])[column]);
+        for (int c = 0; c < 4; ++c) skip[c] = 0;
+#pragma unroll
+        for (int j = 0; j < kRoutes; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) skip[c] += problem.D[int64_t(j) * problem.dim + some_channel() + c];
     }
-    __device__ __forceinline__ void inputs(int n, const float (&drive)[kSteps][4], float (&input)[kSteps][4]) const {
-        float B[kSteps];
-        load_column(problem.rank + n, B);
+    // B and C of a state at each position.
+    __device__ __forceinline__ void load_couplings(int n, float (&B)[kSteps], float (&C)[kSteps]) const {
+        const int column = problem.rank + n;
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) input[i][c] = drive[i][c] * B[i];
+        for (int i = 0; i < kSteps; ++i) {
+            const T* source = projections(segment.position[i], column);
+            if constexpr (P::kKnownStates == 1) {
+                load_two(source, B[i], C[i]);
+            } else {
+                B[i] = to_float(source[0]);
+                C[i] = to_float(source[problem.states()]);
+            }
+        }
     }
     // A log2(e) of one state, so that exp(step A) is a power of two.
     __device__ __forceinline__ void load_rates(int n, float (&rate)[4]) const {
+        const float* A = problem.A + parameters() * problem.states() + n;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int64_t row = int64_t(route) * problem.dim + channel + c;
-            rate[c] = exists ? problem.A[row * problem.states + n] * kLog2E : 0.0f;
+        for (int c = 0; c < 4; ++c) rate[c] = A[c * problem.states()] * kLog2E;
+    }
+
+    // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks. In place of those that do not
+    // exist stand others, whose weights are zero.
+    __device__ __forceinline__ void load_low(int i, int rank, Split<kPartsOf<T>> (&low)[4]) const {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int position = segment.position[min(2 * i + k % 2, kSteps - 1)];
+            low[k] = load_pair(projections(position, min(rank + 2 * lane.q + k / 2 * 8, problem.rank - 2)), 2, true);
         }
     }
 
-    // Columns first, first + 1 of the low-rank step sizes at a position; zeros beyond the rank.
-    __device__ __forceinline__ Split<kPartsOf<T>> low_pair(int i, int first) const {
-        return load_pair(projections(segment.position[i]) + first, problem.rank - first, true);
-    }
-    // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks.
-    __device__ __forceinline__ void load_low(int i, int rank, Split<kPartsOf<T>> (&low)[4]) const {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) low[k] = low_pair(2 * i + k % 2, rank + 2 * lane.q + k / 2 * 8);
-    }
-
-    __device__ __forceinline__ float weight(int channel_in_tile, int rank) const {
+    // `count` weights of a channel from `rank` on, either all of which exist or none; zeros in place of the latter.
+    template <int kCount>
+    __device__ __forceinline__ void load_weights(int channel_in_tile, int rank, float (&weights)[kCount]) const {
         const int channel = tile * kTile + channel_in_tile;
-        if (channel >= problem.dim || rank >= problem.rank) return 0;
-        return problem.dt_weight[(int64_t(route) * problem.dim + channel) * problem.rank + rank];
+        const float* source = problem.dt_weight + (route * problem.dim + channel) * problem.rank + rank;
+        const bool exist = channel < problem.dim && rank < problem.rank;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) weights[i] = exist ? source[i] : 0.0f;
     }
 
     // softplus(dt_weight low + dt_bias); zero behind the end, which leaves states as they are.
     __device__ __forceinline__ void step_sizes(float (&step)[kSteps][4]) const {
+        float none[4] = {};  // the last row of products if kSteps is odd
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            const float bias = exists ? problem.dt_bias[int64_t(route) * problem.dim + channel + c] : 0.0f;
+            const float bias = problem.dt_bias[parameters() + c];
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) step[i][c] = bias;
         }
@@ -216,23 +298,28 @@ struct Work {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int column = lane.g / 2 * 4 + lane.g % 2 + k / 2 * 2, row = rank + 2 * lane.q + k % 2 * 8;
-                weights[k / 2][k % 2] = Split<kWeightParts>(weight(column, row), weight(column, row + 1));
+                float pair[2];
+                load_weights(column, row, pair);
+                weights[k / 2][k % 2] = Split<kWeightParts>(pair[0], pair[1]);
             }
 #pragma unroll
-            for (int i = 0; i < kSteps / 2; ++i) {
-                if (2 * i >= problem.steps) break;
+            for (int i = 0; i < (kSteps + 1) / 2; ++i) {
                 Split<kPartsOf<T>> low[4];
                 load_low(i, rank, low);
+                float(&odd)[4] = 2 * i + 1 < kSteps ? step[min(2 * i + 1, kSteps - 1)] : none;
 #pragma unroll
                 for (int k = 0; k < 2; ++k)
-                    multiply<kWeightParts>(step[2 * i][2 * k], step[2 * i][2 * k + 1], step[2 * i + 1][2 * k],
-                                           step[2 * i + 1][2 * k + 1], low, weights[k]);
+                    multiply<kWeightParts>(step[2 * i][2 * k], step[2 * i][2 * k + 1], odd[2 * k], odd[2 * k + 1], low,
+                                           weights[k]);
             }
         }
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) step[i][c] = i < segment.count ? softplus(step[i][c]) : 0.0f;
+            for (int c = 0; c < 4; ++c) {
+                const float size = softplus(step[i][c]);
+                step[i][c] = i < segment.count ? size : 0.0f;
+            }
     }
 };
 
@@ -285,9 +372,9 @@ struct Rounds {
     int64_t kind;  // floats from one kind to the next
     int states, rounds, pitch;
 
-    template <class T>
-    Rounds(const View* view, const Problem<T>& problem)
-        : data(view ? static_cast<float*>(view->data) : nullptr), states(problem.states), rounds(problem.rounds),
+    template <class P>
+    Rounds(const View* view, const P& problem)
+        : data(view ? static_cast<float*>(view->data) : nullptr), states(problem.states()), rounds(problem.rounds),
           pitch(problem.tiles() * kTile) {
         kind = int64_t(problem.batch) * kRoutes * rounds * states * pitch;
     }
@@ -296,9 +383,19 @@ struct Rounds {
     }
 };
 
-// Of one state with inputs step x B: the decays exp(step A), and the map of this lane's segment for each channel.
-template <class T, int kSteps>
-__device__ __forceinline__ void local_maps(const Work<T, kSteps>& work, int n, const float (&step)[kSteps][4],
+// What drives one state: step x B.
+template <int kSteps>
+__device__ __forceinline__ void inputs(const float (&drive)[kSteps][4], const float (&B)[kSteps],
+                                       float (&input)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) input[i][c] = drive[i][c] * B[i];
+}
+
+// Of one state with these inputs: the decays exp(step A), and the map of this lane's segment for each channel.
+template <class P, int kSteps>
+__device__ __forceinline__ void local_maps(const Work<P, kSteps>& work, int n, const float (&step)[kSteps][4],
                                            const float (&input)[kSteps][4], float (&decay)[kSteps][4], Map (&map)[4]) {
     float rate[4];
     work.load_rates(n, rate);

@@ -34,27 +34,28 @@ __device__ __forceinline__ float sum_of_own(const float (&value)[4], int index, 
 }
 
 // One round of a route, for one lane.
-template <class T>
+template <class P>
 struct Round {
+    using T = typename P::Element;
     using Parts = Split<kGradientParts<T>>;
-    const Work<T, kSteps>& work;
+    const Work<P, kSteps>& work;
     const Gradients& gradients;
     float* row_sums;   // (rows, kTile) of this warp
     float* projected;  // gradients of the projections, at position 0
     bool first;        // nothing was added to these yet
     float step[kSteps][4], x[kSteps][4], grad_y[kSteps][4], grad_step[kSteps][4], grad_drive[kSteps][4];
 
-    __device__ __forceinline__ Round(const Work<T, kSteps>& work, const Gradients& gradients, float* row_sums,
+    __device__ __forceinline__ Round(const Work<P, kSteps>& work, const Gradients& gradients, float* row_sums,
                                      float* projected, bool first)
         : work(work), gradients(gradients), row_sums(row_sums), projected(projected), first(first) {
         work.step_sizes(step);
+        gradients.y.load(work.batch, work.segment, work.channel, work.exists, grad_y);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             work.load_x(i, x[i]);
-            gradients.y.load(work.batch, work.segment.position[i], work.channel, work.exists, grad_y[i]);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                if (i >= work.segment.count) x[i][c] = grad_y[i][c] = 0;
+                if (i >= work.segment.count) x[i][c] = 0;
                 grad_step[i][c] = grad_drive[i][c] = 0;
             }
         }
@@ -68,7 +69,7 @@ struct Round {
     }
 
     __device__ __forceinline__ float* projections_at(int position) const {
-        return projected + position * (kRoutes * work.problem.columns());
+        return at_position(projected, position, kRoutes * work.problem.columns());
     }
     // Adds the sums over all channels of the tile, of all positions of the segment.
     __device__ __forceinline__ void add_to_column(int column, const float (&value)[kSteps]) const {
@@ -84,11 +85,10 @@ struct Round {
     // all warps, (warps, 3, kTile).
     __device__ __forceinline__ void recur(int n, const float* before, const float* behind, float* published) {
         const Lane lane = work.lane;
-        const int states = work.problem.states, rank = work.problem.rank, warps = blockDim.x / 32;
+        const int states = work.problem.states(), rank = work.problem.rank, warps = blockDim.x / 32;
         float B[kSteps], C[kSteps], decay[kSteps][4], drive[kSteps][4], input[kSteps][4];
         Map forth[4], back[4];
-        work.load_column(rank + n, B);
-        work.load_column(rank + states + n, C);
+        work.load_couplings(n, B, C);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
 #pragma unroll
@@ -151,31 +151,25 @@ struct Round {
 
     // Adds up gradients of x over the routes, the last of which writes them.
     __device__ __forceinline__ void add_to_x(float* total, int pitch) const {
-        const Problem<T>& problem = work.problem;
-        float skip[4] = {};
-        for (int j = 0; work.route == 0 && j < kRoutes; ++j)
+        float skip[4] = {}, sum[kSteps][4] = {};
+        if (work.route == 0)
+            work.load_skip(skip);
+        else
+            load_segment(total, pitch, work.segment, true, sum);
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i)
 #pragma unroll
             for (int c = 0; c < 4; ++c)
-                if (work.exists) skip[c] += problem.D[int64_t(j) * problem.dim + work.channel + c];
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-            if (i >= work.segment.count) break;
-            const int position = work.segment.position[i];
-            float sum[4];
-            if (work.route > 0) load_four(total + position * pitch, true, sum);
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-                sum[c] = (work.route > 0 ? sum[c] : skip[c] * grad_y[i][c]) + step[i][c] * grad_drive[i][c];
-            if (work.route < kRoutes - 1)
-                store_four(total + position * pitch, sum);
-            else if (work.exists)
-                gradients.x.store(work.batch, position, work.channel, sum);
-        }
+                sum[i][c] += step[i][c] * grad_drive[i][c] + (work.route == 0 ? skip[c] * grad_y[i][c] : 0.0f);
+        if (work.route < kRoutes - 1)
+            store_segment(total, pitch, work.segment, sum);
+        else if (work.exists)
+            gradients.x.store(work.batch, work.segment, work.channel, sum);
     }
 
     // Gradients of what the step sizes are made of.
     __device__ __forceinline__ void through_step_sizes() {
-        const Problem<T>& problem = work.problem;
+        const P& problem = work.problem;
         float of_bias[4] = {}, of_skip[4] = {};
         Parts pairs[kSteps / 2][4];  // rows of A: positions 2 i, then 2 i + 1; columns: channels
 #pragma unroll
@@ -190,20 +184,22 @@ struct Round {
             pairs[i / 2][i % 2 + 2] = Parts(grad_step[i][2], grad_step[i][3]);
         }
         add_to_row(problem.rank, of_bias);
-        if (work.route == 0) add_to_row(problem.rank + 1 + problem.states, of_skip);
+        if (work.route == 0) add_to_row(problem.rank + 1 + problem.states(), of_skip);
         low_gradients(pairs);
         weight_gradients(pairs);
     }
 
     // Products of the gradients with the weights, for 8 ranks at a time.
     __device__ __forceinline__ void low_gradients(const Parts (&pairs)[kSteps / 2][4]) const {
-        const Problem<T>& problem = work.problem;
+        const P& problem = work.problem;
         const int q = work.lane.q;
 #pragma unroll 1
         for (int rank = 0; rank < problem.rank; rank += 8) {
             const int row = rank + work.lane.g, column = rank + 2 * q;
-            const Parts weights[2] = {Parts(work.weight(4 * q, row), work.weight(4 * q + 1, row)),
-                                      Parts(work.weight(4 * q + 2, row), work.weight(4 * q + 3, row))};
+            float weight[4][1];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) work.load_weights(4 * q + c, row, weight[c]);
+            const Parts weights[2] = {Parts(weight[0][0], weight[1][0]), Parts(weight[2][0], weight[3][0])};
 #pragma unroll
             for (int i = 0; i < kSteps / 2; ++i) {
                 float low[4] = {};
@@ -220,7 +216,7 @@ struct Round {
 
     // Products of the low-rank step sizes with the gradients, for 16 ranks at a time.
     __device__ __forceinline__ void weight_gradients(const Parts (&pairs)[kSteps / 2][4]) const {
-        const Problem<T>& problem = work.problem;
+        const P& problem = work.problem;
         Parts rows[kSteps / 2][4];
 #pragma unroll
         for (int i = 0; i < kSteps / 2; ++i)
@@ -265,11 +261,11 @@ __device__ __forceinline__ void flush_rows(const float* row_sums, int rows, floa
     __syncthreads();
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) backward(const __grid_constant__ Problem<T> problem, const Rounds maps,
+template <class P>
+__global__ void __launch_bounds__(kMaxThreads) backward(const __grid_constant__ P problem, const Rounds maps,
                                                         const __grid_constant__ Gradients gradients, const Share share) {
     VK_DYNAMIC_SHARED(float, shared);
-    const int warps = blockDim.x / 32, rows = problem.rank + problem.states + 2, pitch = problem.tiles() * kTile;
+    const int warps = blockDim.x / 32, rows = problem.rank + problem.states() + 2, pitch = problem.tiles() * kTile;
     float* const published = shared;  // (2, warps, 3, kTile)
     float* const row_sums = published + 2 * warps * 3 * kTile;
     float* const sums_in_shared = row_sums + warps * rows * kTile;
@@ -288,13 +284,13 @@ __global__ void __launch_bounds__(kMaxThreads) backward(const __grid_constant__ 
                 for (int i = threadIdx.x % 32; i < rows * kTile; i += 32) own_rows[i] = 0;
                 __syncwarp();
                 for (int round = first_round; round < last_round; ++round) {
-                    const Work<T, kSteps> work(problem, batch, route, tile, round);
+                    const Work<P, kSteps> work(problem, batch, route, tile, round);
                     const int64_t image = int64_t(part) * problem.batch + batch;
                     float* projected = gradients.projections;
                     projected += (image * problem.length * kRoutes + route) * problem.columns();
-                    Round<T> at(work, gradients, own_rows, projected, tile == part);
+                    Round<P> at(work, gradients, own_rows, projected, tile == part);
 #pragma unroll 1
-                    for (int n = 0; n < problem.states; ++n, ++turn) {
+                    for (int n = 0; n < problem.states(); ++n, ++turn) {
                         const bool known = problem.rounds > 1;
                         at.recur(n, known ? maps.at(1, batch, route, round, n, work.channel) : nullptr,
                                  known ? maps.at(2, batch, route, round, n, work.channel) : nullptr,
@@ -311,10 +307,10 @@ __global__ void __launch_bounds__(kMaxThreads) backward(const __grid_constant__ 
             }
 }
 
-template <class T>
-const char* run(void* stream, const Problem<T>& problem, const Rounds& maps, const Gradients& gradients, Share share,
+template <class P>
+const char* run(void* stream, const P& problem, const Rounds& maps, const Gradients& gradients, Share share,
                 int64_t warps) {
-    const int rows = problem.rank + problem.states + 2;
+    const int rows = problem.rank + problem.states() + 2;
     size_t shared = warps * (6 + rows) * kTile * sizeof(float);
     if (!gradients.sums) shared += size_t(problem.length) * kTile * sizeof(float);
     const unsigned blocks = unsigned(share.parts * share.groups * (share.split ? problem.rounds : 1));
@@ -322,7 +318,7 @@ const char* run(void* stream, const Problem<T>& problem, const Rounds& maps, con
     for (int route = 0; route < kRoutes && !error; route = share.last_route) {
         share.first_route = route;
         share.last_route = share.split ? route + 1 : kRoutes;
-        error = launch(backward<T>, blocks, unsigned(32 * warps), shared, stream, problem, maps, gradients, share);
+        error = launch(backward<P>, blocks, unsigned(32 * warps), shared, stream, problem, maps, gradients, share);
     }
     return error;
 }
@@ -337,9 +333,8 @@ VK_ENTRY(ss2d_backward)
  const View* D, int64_t step0, int64_t step1, int64_t step2, int64_t step3, int64_t warps, int64_t steps, int64_t rounds,
  int64_t parts, int64_t groups, int64_t split, const View* grad_y, const View* sums, const View* maps, const View* grad_x,
  const View* grad_projections, const View* grad_parameters) {
-    return for_type(x->dtype, [&](auto type) {
-        using T = decltype(type);
-        Problem<T> problem(x, projections, dt_weight, dt_bias, A, D, {{step0, step1, step2, step3}}, steps, rounds);
+    const int64_t route_steps[kRoutes] = {step0, step1, step2, step3};
+    return for_problem(x, projections, dt_weight, dt_bias, A, D, route_steps, steps, rounds, [&](const auto& problem) {
         const Gradients gradients{Image(grad_y),
                                   Image(grad_x),
                                   sums ? static_cast<float*>(sums->data) : nullptr,
