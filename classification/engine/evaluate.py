@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.data import SKIPPED
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, sharded training would keep buffers that it cannot use afterwards
 def evaluate(
     model: nn.Module | Callable[[Tensor], Tensor],
     loader: Iterable[tuple[Tensor, Tensor]],

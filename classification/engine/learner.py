@@ -11,7 +11,7 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import dispatch_clip_grad, get_state_dict, unwrap_model
 from torch import Tensor, nn
 
-from engine import build
+from engine import build, sharding
 from engine.execution import training_precision
 from engine.resuming import Resumed
 from mambavision.checkpoint import EMA_KEYS, load_weights
@@ -56,6 +56,8 @@ class Learner:
         self.task = build.build_task(args, model, device)
         if resumed:
             self._load_weights(resumed)
+        if args.fsdp:
+            sharding.shard(self.task, process, device)
         self.optimizer = build.build_optimizer(args, model)
         if resumed and resumed.with_optimizer:
             self._load_optimizer(resumed)
@@ -79,7 +81,7 @@ class Learner:
             raise CheckpointError(f"{path}: has no optimizer state; add --no-resume-opt to go on without.")
         opt = resumed.settings.get("opt", self.args.opt)
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.load_state_dict(sharding.sharded_optimizer_state(checkpoint["optimizer"], self.optimizer))
             groups = self.optimizer.param_groups
             fits = opt == self.args.opt and all(self.optimizer.defaults.keys() <= group.keys() for group in groups)
         except (KeyError, ValueError):
@@ -111,7 +113,7 @@ class Learner:
 
     def distribute(self) -> None:
         """Let the processes learn together."""
-        if self.process.is_distributed:
+        if self.process.is_distributed and not self.args.fsdp:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not self.args.no_ddp_bb)
 
@@ -168,7 +170,7 @@ class Learner:
         if isinstance(self.scheduler, PlateauLRScheduler):
             plateau = {"state": self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
             state["plateau"] = plateau
-        return state
+        return sharding.whole(state, self.process.is_first) if self.args.fsdp else state
 
     def buffers(self) -> dict[str, Tensor]:
         """Return batch statistics and the like, which differ between processes until the end of an epoch."""

@@ -219,6 +219,11 @@ def _add_augmentation_options(parser: Parser) -> None:
 def _add_averaging_options(parser: Parser) -> None:
     add = parser.add_argument
     parser.switch("--sync-bn", help="batch statistics over all GPUs; without effect on the CPU")
+    parser.switch(
+        "--fsdp",
+        help="let each process keep a part of weights, average, gradients and optimizer state (PyTorch's FSDP2), for "
+        "models too large for one GPU together with these, such as mamba_vision_L3 with its 740 M parameters",
+    )
     add("--dist-bn", default="reduce", choices=["broadcast", "reduce", ""], help="running statistics after an epoch")
     parser.switch("--split-bn", help="batch statistics for each augmentation split")
     add("--no-ddp-bb", action="store_true", help="do not broadcast buffers before every step")

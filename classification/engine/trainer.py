@@ -14,7 +14,7 @@ from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from engine import build, report, resuming, run
+from engine import build, report, resuming, run, sharding
 from engine.data import check_same_classes, log_skipped
 from engine.evaluate import evaluate
 from engine.exchange import mean, of_all, of_first
@@ -44,6 +44,7 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device, process)
     start_logging(process.is_first)
     build.check_options(args, device)
+    sharding.check_options(args, process)
     check_values(args)
     join(process, device)
     trainer = Trainer(args, process, device)
@@ -289,13 +290,13 @@ class Trainer:
                     self.guard.note(loss, partial(self.batches.train.sample_names, epoch, batch))
                     self.learner.backward(loss / self._group_size(batch, total))
                 images_seen, images_here = images_seen + len(images), images_here + len(images)
-                if is_step:
-                    is_asked = self._finish_step()
-                    self._save_on_the_way(epoch, batch + 1, loss_sum, images_seen, is_asked)
+                is_asked = is_step and self._finish_step()
                 rate = images_here * self.process.world_size / (time.monotonic() - started)
                 is_logged = line is not None and line.step(partial(self._progress_text, loss_sum, images_seen, rate))
                 if is_logged and args.save_images:
                     self._save_images(images, epoch, batch)
+                if is_step:
+                    self._save_on_the_way(epoch, batch + 1, loss_sum, images_seen, is_asked)
         self.epoch_so_far = {"loss_sum": loss_sum.item(), "images": images_seen}
         return mean(loss_sum / images_seen, self.process), rate
 
