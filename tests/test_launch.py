@@ -1,6 +1,7 @@
 """Starting programs: alone, by torchrun, by srun, and by the shell scripts."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, SETTING
+import mambavision
+from conftest import ROOT, SETTING, SMALL
 from mambavision.errors import UserError
 from mambavision.launch import Process, check_shares, join, pick_device, set_rendezvous, this_process
 
@@ -129,6 +131,43 @@ def test_training_under_srun(digits, tmp_path):
     assert "cpu x 2" in outputs[0][0]
     assert "epoch" not in outputs[1][0]
     assert len(list(tmp_path.glob("output/train/exp/*"))) == 1
+
+
+STARTS = {
+    1: [],
+    2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    3: [str(ROOT / "mambavision/start.py"), "3"],
+}
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(digits, tmp_path):
+    """Fifteen images in batches of four: eight and seven for two processes, five for each of three."""
+    arguments = SMALL["mamba_vision_T"] | {"num_classes": 3}
+    model = mambavision.create_model("mamba_vision_T", **arguments)
+    content = {"arch": "mamba_vision_T", "model_kwargs": arguments, "state_dict": model.state_dict()}
+    mambavision.save_checkpoint(content, tmp_path / "model.pth")
+    words = ["--checkpoint", tmp_path / "model.pth", "--img-size", "32", "--data-dir", digits, "--device", "cpu"]
+    words += ["--batch-size", "4", "--workers", "0"]
+    program = str(ROOT / "classification/validate.py")
+    running = {
+        count: subprocess.Popen(
+            [sys.executable, *start, program, *map(str, words)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for count, start in STARTS.items()
+    }
+    scores = {}
+    for count, processes in running.items():
+        output, errors = processes.communicate(timeout=120)
+        assert processes.returncode == 0, errors
+        result = json.loads(output.split("--result\n")[1])
+        scores[count] = [result["top1"], result["top5"], result["loss"]]
+    assert 0 < scores[1][0] < 100
+    assert scores[2] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[3] == pytest.approx(scores[1], abs=1e-6)
 
 
 @pytest.mark.parametrize("program", ["train.py", "validate.py", "throughput.py", "predict.py picture.png"])
