@@ -86,8 +86,7 @@ def end_watch() -> None:
 def fail(text: str, status: int, rank: int) -> NoReturn:
     """End this process of several with an exit status, and with some text on stderr if it is the first to fail."""
     speaks, status = _claim_alone(status, rank) if _watch is None else _watch.claim(status)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # what started the processes ends all of them now
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_signals()
     if speaks:
         _record(text)
         print(text, file=sys.stderr, flush=True)
@@ -98,6 +97,7 @@ def fail(text: str, status: int, rank: int) -> NoReturn:
 
 def stop(text: str, status: int, rank: int) -> NoReturn:
     """End this process of several, which was asked to leave, possibly because another has failed."""
+    _ignore_signals()
     asked = status
     if _watch is not None:
         _, status = _watch.claim(status)
@@ -116,6 +116,11 @@ def _claim_alone(status: int, rank: int) -> tuple[bool, int]:
     except Interruption:
         return False, status
     return True, status
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # what started the processes ends all of them now
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _record(text: str) -> None:
