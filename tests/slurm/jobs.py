@@ -12,8 +12,8 @@ import time
 
 import pytest
 import torch
-
 from cluster import Cluster
+
 from conftest import ROOT, SETTING, identical, weights
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, PREEMPTED
