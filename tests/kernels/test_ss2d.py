@@ -357,14 +357,21 @@ def test_images_do_not_mix_and_may_be_transposed(backend, seed, order_of_images,
 
 @pytest.mark.parametrize("split", [False, True], ids=["a block for a route", "a block for a round"])
 @pytest.mark.parametrize("shared_sums", [True, False], ids=["sums in shared memory", "sums elsewhere"])
-@pytest.mark.parametrize("state", [1, 3, 8, 16])
-def test_cuda_kernels_may_cut_routes_up(monkeypatch, state, shared_sums, split):
+@pytest.mark.parametrize(
+    ("state", "steps", "width"), [(1, 2, 9), (1, 7, 29), (1, 8, 29), (3, 2, 9), (8, 2, 9), (16, 2, 9)]
+)
+def test_cuda_kernels_may_cut_routes_up(monkeypatch, state, steps, width, shared_sums, split):
     """Small images are computed in one round; these are cut up as large ones would be."""
     if emulation.BACKEND not in backends(OPERATOR):
         pytest.skip("no compiler for the emulator")
-    arguments = inputs(2, 21, 5, 9, 3, state, dtype=torch.float16)
+
+    def plan_of(gpu, blocks, length, max_steps, *others):
+        cut = min(steps, max_steps)
+        return cuda.Plan(2, cut, -(-length // (2 * 8 * cut)), shared_sums)
+
+    arguments = inputs(2, 21, 5, width, 3, state, dtype=torch.float16)
     expected = with_gradients([each.double() for each in arguments], 1.0, function=ss2d)
-    monkeypatch.setattr(cuda, "plan_of", lambda *shape: cuda.Plan(2, 2, 2, shared_sums))
+    monkeypatch.setattr(cuda, "plan_of", plan_of)
     monkeypatch.setattr(cuda, "gpu_of", lambda device: cuda.Gpu(132 if split else 1, 0))
     monkeypatch.setenv(BACKEND_VARIABLE, f"ss2d={emulation.BACKEND}")
     for name, ours, truth in zip(("y", *TENSORS), with_gradients(arguments, 1.0), expected, strict=True):
