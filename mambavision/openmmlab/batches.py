@@ -5,7 +5,8 @@ So neither the number of workers nor an interruption changes what a run sees, an
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from mambavision.preemption import shield_worker
 from mambavision.seeding import seeded
 
 
@@ -87,6 +89,12 @@ class Showings(Sampler):
                 yield showings
 
 
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    shield_worker(worker)
+    if start is not None:
+        start(worker)
+
+
 def exact_loader(loader: DataLoader, seed: int, rank: int, endless: bool) -> DataLoader:
     """Return a data loader with the data and settings of another, whose batch sampler is a `Showings`."""
     return DataLoader(
@@ -96,7 +104,7 @@ def exact_loader(loader: DataLoader, seed: int, rank: int, endless: bool) -> Dat
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=partial(_start_worker, loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),  # of its own, to keep its hands off the global random state
         prefetch_factor=loader.prefetch_factor,

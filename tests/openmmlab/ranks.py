@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +72,10 @@ def _run(program, words, log, environment):
 
 
 def _register_disturb(at_end):
-    """Register the hook Disturb, which sends a signal to its own process or spoils a loss.
+    """Register the hook Disturb, which sends signals to a process and its workers, spoils a loss or fills the disk.
 
     The variable DISTURB says when: ``train 5 SIGTERM 1`` for the fifth iteration on rank 1, ``val 2 ...`` for the
-    second iteration of a validation, ``train 5 nan 1`` for a loss.
+    second iteration of a validation, ``train 5 nan 1`` for a loss, ``train 5 full 0`` for the disk.
     """
     from mmengine.dist import get_rank
     from mmengine.hooks import Hook
@@ -94,18 +96,28 @@ def _register_disturb(at_end):
             self._disturb("val", batch_idx + 1, runner)
 
         def _disturb(self, phase, number, runner):
-            if (phase, number, get_rank()) != self.when:
-                return
-            if self.event == "nan":
-                model = getattr(runner.model, "module", runner.model)
-                parse = model.parse_losses
-                model.parse_losses = lambda losses: [each * float("nan") for each in parse(losses)[:1]] + [{}]
-            else:
-                os.kill(os.getpid(), getattr(signal, self.event))
+            if (phase, number, get_rank()) == self.when:
+                {"nan": _spoil_losses, "full": _fill_disk}.get(self.event, _send)(self.event, runner)
 
         def _remember_weights(self, model):
             before = [parameter.detach().clone() for parameter in model.parameters()]
             at_end.append(lambda: print("same weights:", all(map(torch.equal, before, model.parameters()))))
+
+
+def _spoil_losses(event, runner):
+    model = getattr(runner.model, "module", runner.model)
+    parse = model.parse_losses
+    model.parse_losses = lambda losses: (parse(losses)[0] * float("nan"), {})
+
+
+def _fill_disk(event, runner):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))  # more than logs take
+
+
+def _send(name, runner):
+    """Send a signal twice to this process and its workers, as torchrun passes on what Slurm sends to all."""
+    processes = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())] * 2
+    subprocess.run(["kill", "-s", name.removeprefix("SIG"), *map(str, processes)], check=True)  # not by the program
 
 
 def _detect_nearly_right():

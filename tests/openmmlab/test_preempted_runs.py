@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from conftest import ROOT
 from mambavision.checkpoint import read_checkpoint
-from mambavision.errors import BAD_DATA, PREEMPTED
+from mambavision.errors import BAD_DATA, IO_FAILURE, PREEMPTED
 
 TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "small_preempted_detector.py"}
 
@@ -130,10 +130,26 @@ def test_scores_do_not_depend_on_the_number_of_processes(task, data, uninterrupt
 def test_all_processes_stop_before_a_step_that_one_cannot_take(task, train, tmp_path):
     stopped = train(task, tmp_path / "run", ranks=2, DISTURB="train 3 nan 1")
     assert [finished.status for finished in stopped] == [BAD_DATA] * 2, stopped[0].output
-    for finished in stopped:
-        *_, sentence, weights = finished.output.splitlines()
-        assert weights == "same weights: True"
-        assert sentence.startswith("error: the loss is not finite; stopped before the optimizer's step. Samples:")
-        assert re.search(r"Samples: process 1: \S+\.jpg(, \S+\.jpg)*\. This was iteration 4, and", sentence)
-        assert "Traceback" not in finished.output
+    lines = [line for finished in stopped for line in finished.output.splitlines()]
+    assert lines.count("same weights: True") == 2
+    (sentence,) = (line for line in lines if line.startswith("error: "))  # one process speaks for all
+    assert sentence.startswith("error: the loss is not finite; stopped before the optimizer's step. Samples:")
+    assert re.search(r"Samples: process 1: \S+\.jpg(, \S+\.jpg)*\. This was iteration 4, and", sentence)
+    assert not any("Traceback" in line for line in lines)
     assert not (tmp_path / "run" / "recovery.pth").exists()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_full_disk(task, train, tmp_path):
+    work_dir = tmp_path / "run"
+    (full,) = train(task, work_dir, DISTURB="train 8 full 0")
+    assert full.status == IO_FAILURE, full.output
+    (checkpoint,) = work_dir.glob("[ei]*_*.pth")
+    assert re.search(rf"{work_dir}/\w+\.pth: cannot be written .* [\d,]+ bytes are free", full.output.splitlines()[-1])
+    assert "Traceback" not in full.output
+    assert not [*work_dir.glob(".*")]
+    assert read_checkpoint(checkpoint)["meta"]["iter"] in (4, 7)
+    (work_dir / f".{checkpoint.name}.123.tmp").write_bytes(b"half")  # as a run that was killed leaves it
+    (gone_on,) = train(task, work_dir, "--resume")
+    assert gone_on.status == 0, gone_on.output
+    assert not [*work_dir.glob(".*")]

@@ -1,0 +1,89 @@
+"""Runs of OpenMMLab that are killed while they write a checkpoint."""
+
+import os
+import random
+import time
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.logging import MessageHub
+from mmengine.runner.checkpoint import save_checkpoint
+
+from crashes import count_points, killed_after, killed_at
+from mambavision.openmmlab import run
+from mambavision.openmmlab.hooks import SafeCheckpointHook
+
+_EPOCHS = 4
+
+
+class _Runner:
+    """As much of a runner as the hook asks for; checkpoints are real."""
+
+    def __init__(self, work_dir):
+        self.work_dir = str(work_dir)
+        self.message_hub = MessageHub("crashes")
+        self.logger = SimpleNamespace(info=lambda text: None)
+        self.epoch = self.iter = 0
+
+    def save_checkpoint(self, out_dir, filename, *args, meta, **kwargs):
+        weight = torch.full((20_000,), float(meta["epoch"]))
+        content = {"meta": meta, "state_dict": {"weight": weight}, "optimizer": {}, "message_hub": {}}
+        save_checkpoint(content, os.path.join(out_dir, filename))
+
+
+def train(work_dir, first=0, report=lambda epoch: None):
+    """Save a checkpoint after each epoch, which is reported before, and keep the newest and the best."""
+    runner = _Runner(work_dir)
+    hook = SafeCheckpointHook(max_keep_ckpts=1, save_best="score", rule="greater")
+    hook.before_train(runner)
+    for epoch in range(first, _EPOCHS):
+        report(epoch + 1)
+        runner.epoch = epoch
+        hook._save_checkpoint(runner)
+        runner.epoch = epoch + 1
+        hook.after_val_epoch(runner, {"score": [1, 3, 2, 4][epoch]})
+
+
+def go_on(work_dir):
+    """Go on as a new process does; return how many epochs were found."""
+    found = run._to_resume(Namespace(resume="auto"), work_dir)
+    run._tidy(work_dir, is_resumed=found is not None)
+    done = 0
+    if found is not None:
+        path, content = found
+        done = content["meta"]["epoch"]
+        assert (content["state_dict"]["weight"] == done).all()
+        assert Path(path).name == f"epoch_{done}.pth"
+    assert not [*work_dir.glob(".*")]
+    train(work_dir, first=done)
+    assert "epoch_4.pth" in os.listdir(work_dir)
+    return done
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """How many points a training has at which it can be killed, and its duration."""
+    points = count_points(lambda report: train(tmp_path_factory.mktemp("count")))
+    folder, begun = tmp_path_factory.mktemp("time"), time.monotonic()
+    train(folder)
+    return points, time.monotonic() - begun
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_run_killed_at_a_point_of_writing_goes_on(tmp_path, measured, seed):
+    points, _ = measured
+    point = seed * points // 30 + random.Random(seed).randrange(points // 30)
+    was_killed, begun = killed_at(point, lambda report: train(tmp_path, report=report))
+    assert was_killed
+    assert go_on(tmp_path) >= max(begun, default=0) - 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_run_killed_at_any_time_goes_on(tmp_path, measured, seed):
+    _, duration = measured
+    seconds = random.Random(seed).uniform(0, duration)
+    _, begun = killed_after(seconds, lambda report: train(tmp_path, report=report))
+    assert go_on(tmp_path) >= max(begun, default=0) - 1
