@@ -1,6 +1,7 @@
 """train.py: SIGTERM and SIGUSR1, after which the same command ends as if there had been none."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from mambavision.errors import PREEMPTED, UserError
 from mambavision.preemption import Preempted
 
 FULL = ["--epochs", "3", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "4", "--mesa", "0.5",
-        "--mesa-start-ratio", "0.1", "--drop-path", "0.3", "--workers", "2"]  # fmt: skip
+        "--mesa-start-ratio", "0.1", "--drop-path", "0.3", "--workers", "2", "--log-interval", "1"]  # fmt: skip
 STEPS = 2  # in an epoch of six batches
 
 
@@ -49,16 +50,20 @@ def ask(monkeypatch):
     return install
 
 
-def outcome(folder):
-    """Return the final weights, and what the summary says but for the speed."""
+def figures(folder):
+    """Return what the summary and the log say of every epoch and batch, but for the speed."""
     rows = [{key: value for key, value in row.items() if "per_second" not in key} for row in summary(folder)]
-    return [weights(folder, key=key) for key in ("state_dict", "state_dict_ema")], rows
+    return rows, re.findall(r"epoch \d+ \[\d+/\d+\] loss \S+  lr \S+", (folder / "train.log").read_text())
 
 
 def assert_same(folder, other):
-    (found, rows), (expected, expected_rows) = outcome(folder), outcome(other)
+    """Weights, their average, and every loss on the way are the same to the last bit."""
+    for key in ("state_dict", "state_dict_ema"):
+        assert identical(weights(folder, key=key), weights(other, key=key))
+    (rows, lines), (expected_rows, expected_lines) = figures(folder), figures(other)
     assert rows == expected_rows
-    assert all(map(identical, found, expected))
+    assert lines == expected_lines
+    assert len(lines) >= 3 * 5
 
 
 # Method, its call that the signal comes with, and the (epoch, batch) that the run must leave before.
