@@ -412,7 +412,7 @@ def check_writable(path: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=_existing_parent(path)):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -427,12 +427,12 @@ def replacing(path: str | os.PathLike):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
         failure = _os_error_behind(error)
         if failure is None:
             raise
-        raise _unwritable(path, failure) from error
+        raise unwritable(path, failure) from error
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -452,7 +452,8 @@ def _os_error_behind(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Let what was renamed in a folder outlast a loss of power."""
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -465,7 +466,8 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Return the error that explains why a file cannot be written."""
     remedy = "choose another place"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(_existing_parent(path)).free

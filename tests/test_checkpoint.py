@@ -358,6 +358,32 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert result.returncode == 74, result.stderr
-    assert "cannot be written (File too large)" in result.stderr
+    assert re.search(r"weights\.pth: cannot be written \(File too large\); .* [\d,]+ bytes are free", result.stderr)
     assert [each.name for each in tmp_path.iterdir()] == ["weights.pth"]
     assert read_checkpoint(tmp_path / "weights.pth")["x"].shape == (10,)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_really_full_disk_keeps_the_old_file(small_disk):
+    path = small_disk / "weights.pth"
+    mambavision.save_checkpoint({"x": torch.ones(1_000_000)}, path)  # 4 MB
+    with pytest.raises(
+        OutputError, match=rf"{path}: .*\(No space left on device\); only [\d,]+ bytes are free"
+    ) as full:
+        mambavision.save_checkpoint({"x": torch.zeros(1_500_000)}, path)
+    assert full.value.exit_status == 74
+    assert [each.name for each in small_disk.iterdir()] == ["weights.pth"]
+    assert read_checkpoint(path)["x"].sum() == 1_000_000

@@ -1,5 +1,7 @@
 """SIGKILL while train.py writes checkpoints: whatever was finished before can be gone on from."""
 
+import errno
+import os
 import random
 import time
 
@@ -69,6 +71,20 @@ def test_killed_at_a_point_of_writing(tmp_path, measured, seed):
     was_killed, finished = killed_at(point, begin(tmp_path))
     assert was_killed
     check(tmp_path, finished)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_while_copying(tmp_path, monkeypatch, seed):
+    """Where the file system has no links."""
+
+    def refuse(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    points = count_points(begin(tmp_path / "count"))
+    was_killed, finished = killed_at(random.Random(seed).randrange(points), begin(tmp_path / "killed"))
+    assert was_killed
+    check(tmp_path / "killed", finished)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 import mambavision
-from conftest import SMALL
+from conftest import SMALL, identical, weights
 from engine import run, trainer
 from engine.task import MesaTask
 from mambavision.checkpoint import read_checkpoint
@@ -208,6 +208,46 @@ def test_loss_that_is_not_finite_stops_before_the_step(train, monkeypatch):
     assert torch.equal(checkpoint["state_dict"]["head.weight"], seen[6])
     assert len(seen) == 9
     assert not torch.equal(seen[8], seen[7])
+
+
+@pytest.mark.parametrize("clip", ["0", "5"])
+def test_gradient_that_is_not_finite_stops_before_the_step(prepare, clip):
+    small, stepped = prepare("--clip-grad", clip), []
+    head = small.learner.task.trainable_module.head.weight
+    calls = itertools.count()
+    head.register_hook(lambda gradient: gradient * (math.inf if next(calls) == 2 else 1.0))
+    small.learner.optimizer.register_step_post_hook(lambda *_: stepped.append(head.detach().clone()))
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient is not finite.*epoch 0, batch 2.*no checkpoint was written"
+    ):
+        small.fit()
+    assert len(stepped) == 2
+    assert torch.equal(head, stepped[-1])
+
+
+def test_names_of_samples_are_those_of_the_batch(prepare):
+    small = prepare(*STILL, "--epoch-repeats", "2")
+    train, (images, _) = small.batches.train, small.datasets
+    batches = list(train.epoch(3))
+    names = [train.sample_names(3, batch) for batch in range(12)]
+    assert [len(set(each)) for each in names] == [10] * 12
+    assert sorted(name for each in names[:6] for name in each) == sorted(images.filenames())
+    for each, (_, targets) in zip(names, batches, strict=True):
+        assert [int(name[len("digit ")]) for name in each] == targets.tolist()
+
+
+# The same again
+
+
+def test_equal_seeds_give_equal_runs_whatever_the_workers(train):
+    words = ["--model-ema", "--drop-path", "0.3", "--reprob", "0.5", "--log-interval", "1"]
+    runs = [
+        train(*words, "--workers", workers, "--seed", seed, "--experiment", name)
+        for name, workers, seed in [("a", 0, 1), ("b", 0, 1), ("c", 2, 1), ("d", 1, 2)]
+    ]
+    for key in ("state_dict", "state_dict_ema"):
+        first, *others = (weights(run, key=key) for run in runs)
+        assert [identical(first, other) for other in others] == [True, True, False]
 
 
 # Self-distillation

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from mambavision.checkpoint import replacing, save_checkpoint
-from mambavision.errors import OutputError, UserError
+from mambavision.checkpoint import replacing, save_checkpoint, sync_directory, unwritable
+from mambavision.errors import UserError
 
 LAST, BEST, RECOVERY, SETTINGS, SUMMARY = (
     "last.pth.tar",
@@ -151,9 +151,12 @@ def _publish(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, temporary)
+            with replacing(target) as copy, source.open("rb") as file:
+                shutil.copyfileobj(file, copy)
+            return
         os.replace(temporary, target)
+        sync_directory(target.parent)
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+        raise unwritable(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
