@@ -3,9 +3,10 @@
 # From the environment, all optional:
 #   LAUNCH       local: on this machine; slurm: in the allocation it is started in, else as a job (default: slurm in an
 #                allocation and where there is sbatch, else local)
-#   GPUS         GPUs, and so processes, of each machine (default: 8 under Slurm, else those that are there; 0: the CPU)
+#   GPUS         GPUs, and so processes, of each machine (default: those that are there or in the allocation, 8 for a job;
+#                0: the CPU)
 #   PROCESSES    processes of each machine (default: GPUS, at least 1)
-#   NODES        machines (default: 1; more than 1 needs Slurm)
+#   NODES        machines (default: those of the allocation, else 1; more than 1 needs Slurm)
 #   PARTITION, ACCOUNT, TIME, JOB_NAME    as sbatch's options of these names
 #   SBATCH_OPTIONS                        further options of sbatch, as in SBATCH_OPTIONS="--exclusive --mem=0"
 #   WARN         seconds before its time limit at which a job of train.sh is warned, saves its state and is queued again
@@ -24,11 +25,13 @@ launch_training() { # launch_training PROGRAM [ARGUMENT ...]: a program that sav
 }
 
 launch() { # launch PROGRAM [ARGUMENT ...]: takes the place of this shell, so that signals reach the program
-    local nodes=${NODES:-1} python=${PYTHON:-python} where=${LAUNCH:-$(default_launch)} gpus processes
+    local nodes=${NODES:-} python=${PYTHON:-python} where=${LAUNCH:-$(default_launch)} gpus processes
     if [[ $where != local && $where != slurm ]]; then
         echo "error: LAUNCH=$where is not known; use local or slurm" >&2
         return 2
     fi
+    [[ -n $nodes || $where == local ]] || nodes=${SLURM_JOB_NUM_NODES:-}
+    nodes=${nodes:-1}
     gpus=${GPUS:-$(default_gpus "$where")}
     processes=${PROCESSES:-$gpus}
     [[ -n ${PROCESSES:-} || $gpus != 0 ]] || processes=1
@@ -75,5 +78,5 @@ default_launch() {
 }
 
 default_gpus() { # default_gpus local|slurm
-    if [[ $1 == slurm ]]; then echo 8; else { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; fi
+    if [[ $1 == slurm ]]; then echo "${SLURM_GPUS_ON_NODE:-8}"; else { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; fi
 }

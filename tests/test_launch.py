@@ -403,6 +403,11 @@ def test_scripts_use_an_allocation(shell):
     shown = shell("test.sh", "x", SLURM_JOB_ID="1", GPUS="2").stdout
     assert shown == "<srun><--nodes=1><--ntasks-per-node=2><--gres=gpu:2><--kill-on-bad-exit=1><--label>" \
         "<python><-u><validate.py><x>"  # fmt: skip
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    shown = shell("test.sh", **allocation).stdout
+    assert shown.startswith("<srun><--nodes=2><--ntasks-per-node=4><--gres=gpu:4>")
+    shell.fake("python")
+    assert shell("test.sh", LAUNCH="local", PROCESSES="1", **allocation).stdout == "<python><-u><validate.py>"
 
 
 @pytest.mark.parametrize("folder", ["object_detection/tools", "semantic_segmentation/tools"])
