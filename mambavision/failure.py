@@ -18,7 +18,7 @@ import torch.distributed
 from mambavision.errors import Interruption
 
 _KEY = "first failure"
-_FIRST_SPEAKS_SECONDS = 3.0
+_FIRST_SPEAKS_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _LINGER_SECONDS = 2.5  # of the process that keeps the store: the others poll meanwhile
 _LATER_SECONDS = 1.0
@@ -133,10 +133,9 @@ def _record(text: str) -> None:
 
 
 def _end(status: int, rank: int) -> NoReturn:
-    if _watch is not None:
-        atexit.register(_leave_at_once, status)
-        if rank == 0:
-            time.sleep(_LINGER_SECONDS)
+    atexit.register(_leave_at_once, status)
+    if _watch is not None and rank == 0:
+        time.sleep(_LINGER_SECONDS)
     raise SystemExit(status)
 
 

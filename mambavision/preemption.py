@@ -28,7 +28,6 @@ _MARK = "preempted"
 _DEFAULT_REQUEUES = 100
 _SLURM_SECONDS = 60  # for an answer of its controller
 _ECHO_SECONDS = 2.0  # in which a second signal means the same as the first
-_NOT_OURS = ("CANCELLED", "PREEMPTED")  # the user does not want the job back; Slurm brings it back by itself
 
 
 class Preempted(Interruption):
@@ -134,8 +133,8 @@ def requeue(process: Process, environment: Mapping[str, str] = os.environ) -> bo
     """Let Slurm queue the job of this process again; return whether it will.
 
     Only the first process asks. MAX_REQUEUES in the environment limits how often (default 100), so that a run that
-    never gets far does not go round for ever. Jobs that were cancelled stay so, and those that Slurm preempted itself
-    are its own affair.
+    never gets far does not go round for ever. Only a job that still runs is queued again: one that is being ended was
+    cancelled, or has come to its time limit without a warning, or was preempted by Slurm, which brings it back itself.
     """
     job = environment.get("SLURM_JOB_ID")
     if not process.is_first or job is None:
@@ -145,7 +144,9 @@ def requeue(process: Process, environment: Mapping[str, str] = os.environ) -> bo
         _logger.warning("job %s was queued again %d times, and MAX_REQUEUES is %d: not again", job, limit, limit)
         return False
     try:
-        if _state(job) in _NOT_OURS:
+        state = _state(job)
+        if state != "RUNNING":
+            _logger.info("job %s is being ended by Slurm (%s): not queued again", job, state)
             return False
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:

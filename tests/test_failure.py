@@ -15,7 +15,7 @@ from mambavision import failure
 from mambavision.errors import DataError, UserError, run_cli
 from mambavision.launch import Process, any_process, join, leave, this_process
 
-failure._GRACE_SECONDS = 2.0
+failure._GRACE_SECONDS = failure._FIRST_SPEAKS_SECONDS = 2.0
 cpu = torch.device("cpu")
 RANKS = 3
 

@@ -88,7 +88,7 @@ def test_jobs_are_queued_again_a_limited_number_of_times(scontrol, restarts, lim
     assert len(requests()) == queued
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "PREEMPTED"])
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED"])
 def test_jobs_that_others_ended_are_left_alone(scontrol, state):
     requests = scontrol(state)
     assert not preemption.requeue(Process(), JOB)

@@ -128,8 +128,12 @@ def test_classification_over_two_nodes(job, trained):
 
 
 TASKS = {
-    "object_detection": ("small_detector.py", "train_cfg.max_epochs=8", "Epoch(train) [2]"),
-    "semantic_segmentation": ("small_segmenter.py", "train_cfg.max_iters=24", "Iter(train) [ 5/24]"),
+    "object_detection": ("small_detector.py", ["train_cfg.max_epochs=4"], "Epoch(train) [2]"),
+    "semantic_segmentation": (
+        "small_segmenter.py",
+        ["train_cfg.max_iters=24", "train_cfg.val_interval=20", "default_hooks.checkpoint.interval=12"],
+        "Iter(train) [ 5/24]",
+    ),
 }
 
 
@@ -139,7 +143,7 @@ def test_openmmlab(task, job, scenes, tmp_path):
     settings = {"GPUS": "2", **scenes}
 
     def train(name):
-        words = [ROOT / "tests/openmmlab" / config, "--work-dir", tmp_path / name, "--cfg-options", length]
+        words = [ROOT / "tests/openmmlab" / config, "--work-dir", tmp_path / name, "--cfg-options", *length]
         return job(f"{task}/tools/train.sh", *words, **settings)
 
     whole, preempted = train("whole"), train("preempted")
