@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mmengine.config import config
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["mambavision.openmmlab.run", "mmdet.apis", "mmseg.apis"])
@@ -64,6 +65,7 @@ def _run(program, words, log, environment):
     sys.argv = [program, *words]
     at_end = []
     _register_disturb(at_end)
+    config.FormatCode = lambda text, **options: (text, True)  # mmengine lays each checkpoint's config out for a second
     try:
         runpy.run_path(program, run_name="__main__")
     finally:
