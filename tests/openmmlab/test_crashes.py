@@ -15,6 +15,7 @@ from mmengine.runner.checkpoint import save_checkpoint
 from crashes import count_points, killed_after, killed_at
 from mambavision.openmmlab import run
 from mambavision.openmmlab.hooks import SafeCheckpointHook
+from mambavision.preemption import mark, unmark
 
 _EPOCHS = 4
 
@@ -87,3 +88,38 @@ def test_run_killed_at_any_time_goes_on(tmp_path, measured, seed):
     seconds = random.Random(seed).uniform(0, duration)
     _, begun = killed_after(seconds, lambda report: train(tmp_path, report=report))
     assert go_on(tmp_path) >= max(begun, default=0) - 1
+
+
+def checkpoint(path, **meta):
+    save_checkpoint({"meta": meta, "state_dict": {}, "optimizer": {}, "message_hub": {}}, str(path))
+
+
+def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
+    checkpoint(tmp_path / "iter_4.pth", iter=4)
+    checkpoint(tmp_path / "iter_8.pth", iter=8)
+    mark(tmp_path)
+
+    def found(resume=None):
+        path, content = run._to_resume(Namespace(resume=resume), tmp_path)
+        assert path == str(tmp_path / ("recovery.pth" if content["meta"]["iter"] == 9 else "iter_8.pth"))
+        return content["meta"]["iter"]
+
+    assert found() == 8
+    checkpoint(tmp_path / "recovery.pth", iter=9)
+    assert found() == found("auto") == found(str(tmp_path)) == 9
+    assert run._to_resume(Namespace(resume="never"), tmp_path) is None
+    whole = (tmp_path / "recovery.pth").read_bytes()
+    (tmp_path / "recovery.pth").write_bytes(whole[: len(whole) // 2])
+    assert found() == 8
+    assert "recovery.pth: cannot be read as a checkpoint" in caplog.text
+    unmark(tmp_path)
+    assert run._to_resume(Namespace(resume=None), tmp_path) is None
+
+
+def test_a_new_run_takes_nothing_over(tmp_path):
+    for name in ("iter_4.pth", "recovery.pth", "preempted", ".iter_8.pth.12.tmp", ".hidden"):
+        (tmp_path / name).touch()
+    run._tidy(tmp_path, is_resumed=True)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth", "preempted", "recovery.pth"]
+    run._tidy(tmp_path, is_resumed=False)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth"]

@@ -163,6 +163,23 @@ def test_resumed_training_loads_nothing_twice(train, tmp_path, monkeypatch):
     assert loaded == order[16:]
 
 
+def test_resuming_with_other_batches_is_told(train, trained, tmp_path):
+    """With finite passes over the data, too, and mmengine's other way to say what is counted."""
+    checkpoint = read_checkpoint(trained / "iter_2.pth")
+    position = checkpoint["message_hub"]["runtime_info"]["position"]
+    assert position == {"batch": 2, "validates": False, "images": 2, "processes": 1}
+    position |= {"images": 16, "processes": 8}
+    (tmp_path / "run").mkdir()
+    save_checkpoint(checkpoint, tmp_path / "run" / "iter_2.pth")
+    words = ("train_dataloader.sampler.type=DefaultSampler", "train_cfg._delete_=True", "train_cfg.by_epoch=False")
+    work_dir = train("--resume", "--cfg-options", *words, "train_cfg.max_iters=4", "train_cfg.val_interval=9")
+    (log,) = work_dir.glob("*/*.log")
+    assert "is of a run with 8 processes instead of 1, 16 images instead of 2 for a step" in log.read_text()
+    assert [iteration for iteration, _ in losses(work_dir)] == [3, 4]
+    content = read_checkpoint(work_dir / "iter_4.pth")
+    assert content["message_hub"]["runtime_info"]["position"] == {**position, "batch": 18, "images": 2, "processes": 1}
+
+
 @pytest.mark.parametrize("config", [CONFIG, SEGMAN])
 def test_single_images_become_pairs_in_one_process(train, score, config):
     work_dir = train("--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_iters=1", config=config)
