@@ -67,9 +67,10 @@ def go_on(work_dir):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """How many points a training has at which it can be killed, and its duration."""
-    points = count_points(lambda report: train(tmp_path_factory.mktemp("count")))
-    folder, begun = tmp_path_factory.mktemp("time"), time.monotonic()
-    train(folder)
+    counted, timed = (tmp_path_factory.mktemp(name) for name in ("counted", "timed"))
+    points = count_points(lambda report: train(counted))
+    begun = time.monotonic()
+    train(timed)
     return points, time.monotonic() - begun
 
 
