@@ -110,7 +110,7 @@ class Cluster:
         """End all jobs, then the daemons."""
         if self._daemons:
             user = getpass.getuser()
-            self.ask("scancel", f"--user={user}", "--signal=KILL", "--full", check=False)  # first: it cannot be answered
+            self.ask("scancel", f"--user={user}", "--signal=KILL", "--full", check=False)  # unanswerable
             self.ask("scancel", f"--user={user}", check=False)
             until = time.monotonic() + _STOP_SECONDS
             while self.ask("squeue", "-h", check=False).strip() and time.monotonic() < until:
