@@ -131,6 +131,7 @@ class _ExactLoop:
         self._steps.batch = batch
 
     def _validate(self) -> None:
+        self._keep_position(validates=False)
         try:
             self.runner.val_loop.run()
         except _LeaveValidationError:
@@ -138,7 +139,10 @@ class _ExactLoop:
                 if isinstance(hook, EMAHook):  # the averaged weights were to be validated
                     hook.after_val_epoch(self.runner)
             self._leave(validates=True)
-        self._keep_position(validates=False)
+
+    def _validate_if_left_out(self) -> None:
+        if self._position["validates"] and self.runner.val_loop is not None:
+            self._validate()
 
     def _leave_if_asked(self, validates: Callable[[], bool]) -> None:
         """Leave if that was agreed on before the step just taken; never between steps of the optimizer."""
@@ -163,8 +167,7 @@ class ExactEpochLoop(_ExactLoop, EpochBasedTrainLoop):
         """Train to the last epoch; return the model."""
         self.runner.call_hook("before_train")
         self._begin()
-        if self._position["validates"]:
-            self._validate()
+        self._validate_if_left_out()
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
             self._decide_current_val_interval()
@@ -211,8 +214,7 @@ class ExactIterLoop(_ExactLoop, IterBasedTrainLoop):
         self.runner.call_hook("before_train_epoch")
         self._showings.start(0, self._position["batch"])
         batches = iter(self.dataloader)
-        if self._position["validates"]:
-            self._validate()
+        self._validate_if_left_out()
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)

@@ -109,8 +109,7 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
                     check_some_weights(runner.model, content, source)
                 del content
                 runner.train()
-                if is_main_process():
-                    unmark(Path(runner.work_dir))
+                _forget_preemption(Path(runner.work_dir))
     except Preempted:
         raise
     except Interruption as interruption:
@@ -209,10 +208,14 @@ def _step(checkpoint: Path) -> float:
 
 def _tidy(work_dir: Path, is_resumed: bool) -> None:
     """Delete what a killed run left half written and, where a new run starts, what a preempted one left."""
-    if not is_main_process():
-        return
-    remove_temporaries(work_dir)
+    if is_main_process():
+        remove_temporaries(work_dir)
     if not is_resumed:
+        _forget_preemption(work_dir)
+
+
+def _forget_preemption(work_dir: Path) -> None:
+    if is_main_process():
         unmark(work_dir)
         (work_dir / RECOVERY).unlink(missing_ok=True)
 
