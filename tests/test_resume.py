@@ -249,11 +249,14 @@ def test_epoch_goes_on_with_the_same_batches_only(prepare, recovery, caplog):
         assert "epoch 1 starts over: its batches are not those it was interrupted in" in caplog.text
 
 
-def test_epoch_starts_over_with_another_number_of_processes(prepare, recovery):
+def test_epoch_starts_over_with_another_number_of_processes(prepare, recovery, caplog):
     content = read_checkpoint(recovery)
     content["batching"]["processes"] = 8
+    content["processes"] *= 8
     mambavision.save_checkpoint(content, recovery)
     assert position(prepare("--resume", recovery)) == (1, 0, 0, 6)
+    assert "epoch 1 starts over" in caplog.text
+    assert "the run had 8 processes and has 1 now: its random numbers differ" in caplog.text
 
 
 def test_epoch_that_starts_over_is_trained_whole(train, recovery):

@@ -225,6 +225,19 @@ def test_gradient_that_is_not_finite_stops_before_the_step(prepare, clip):
     assert torch.equal(head, stepped[-1])
 
 
+def test_overflow_with_a_loss_scale_has_a_limit(prepare):
+    small = prepare("--epochs", "5", "--no-saver")
+    small.learner.scaler = torch.amp.GradScaler("cpu")
+    head = small.learner.task.trainable_module.head.weight
+    before = head.detach().clone()
+    calls = itertools.count()
+    head.register_hook(lambda gradient: gradient * (1.0 if next(calls) == 3 else math.inf))
+    with pytest.raises(NonFiniteError, match=r"overflowed in 25 steps in a row.*epoch 4, batch 4"):
+        small.fit()
+    assert not torch.equal(head, before)  # one step of 29 was taken
+    assert small.learner.optimizer.state[head]["step"] == 1
+
+
 def test_names_of_samples_are_those_of_the_batch(prepare):
     small = prepare(*STILL, "--epoch-repeats", "2")
     train, (images, _) = small.batches.train, small.datasets
