@@ -29,11 +29,10 @@ class FiniteGuard:
     Args:
         process: This process among all.
         device: Where collectives work.
-        advice: Closes the message: what was kept, and what to change.
     """
 
-    def __init__(self, process: Process, device: torch.device, advice: Callable[[], str]) -> None:
-        self._process, self._device, self._advice = process, device, advice
+    def __init__(self, process: Process, device: torch.device) -> None:
+        self._process, self._device = process, device
         self._batches: list[tuple[Tensor, Callable[[], Sequence[str]]]] = []
         self._skipped = 0
 
@@ -73,9 +72,7 @@ class FiniteGuard:
         """
         self._skipped = self._skipped + 1 if was_skipped else 0
         if self._skipped >= _SKIPPED_STEPS:
-            raise NonFiniteError(
-                f"the gradient overflowed in {self._skipped} steps in a row, at whatever loss scale; {self._advice()}."
-            )
+            raise NonFiniteError(f"the gradient overflowed in {self._skipped} steps in a row, at whatever loss scale.")
 
     def _explanation(self, what: str) -> str:
         own = [
@@ -93,7 +90,7 @@ class FiniteGuard:
             for rank, names in enumerate(of_all)
             if names
         )
-        return f"the {what} is not finite; stopped before the optimizer's step. Samples: {named}. {self._advice()}."
+        return f"the {what} is not finite; stopped before the optimizer's step. Samples: {named}."
 
 
 def _all(flags: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -154,6 +154,8 @@ def check_shares(process: Process, gpu: str, store: torch.distributed.Store) -> 
 
 def any_process(flags: Sequence[bool] | Tensor, process: Process, device: torch.device) -> list[bool]:
     """Return for each of some flags whether it is set on any process; all processes must ask together."""
+    if not process.is_distributed and not isinstance(flags, Tensor):
+        return list(flags)
     together = torch.as_tensor(flags, dtype=torch.uint8, device=device)
     if process.is_distributed:
         torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
@@ -164,8 +166,8 @@ def leave(process: Process) -> None:
     """Leave the process group, all processes together."""
     if not process.is_distributed:
         return
-    failure.end_watch()
     torch.distributed.barrier()
+    failure.end_watch()
     if torch.distributed.get_backend() == "gloo":
         # Gloo's threads let go of the last collectives' tensors a little later, for which they need the interpreter's
         # lock. The group's destructor waits for them and holds that lock: a deadlock, unless they are done before.

@@ -5,6 +5,7 @@ A run then finishes its step, writes a checkpoint, marks its folder, asks Slurm 
 `mambavision.errors.PREEMPTED`. The same command goes on from there.
 """
 
+import json
 import logging
 import os
 import re
@@ -15,16 +16,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mambavision.checkpoint import replacing
-from mambavision.errors import PREEMPTED, Interruption
+from mambavision.errors import PREEMPTED, Interruption, OutputError, UserError
 from mambavision.launch import Process, leave
 
 _logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_MARK = "preempted"
+NEVER = "never"  # what a command says of resuming to start anew
+RECORD = "unfinished.json"  # in the folder of a run, until its end
 _DEFAULT_REQUEUES = 100
 _SLURM_SECONDS = 60  # for an answer of its controller
 _ECHO_SECONDS = 2.0  # in which a second signal means the same as the first
@@ -40,9 +42,12 @@ class Preempted(Interruption):
 
 
 class StopSignals:
-    """Takes note of `SIGNALS` while it is entered; a later one ends the program at once, as without this class.
+    """Takes note of `SIGNALS` while it is entered; one that comes two seconds later or more ends the program at once.
 
     `received` says whether there was one. Signals that the program ignores stay ignored.
+
+    Raises:
+        UserError: On entering, if a variable that matters once there is a signal makes no sense.
     """
 
     def __init__(self) -> None:
@@ -52,6 +57,7 @@ class StopSignals:
         self._first = 0.0
 
     def __enter__(self) -> "StopSignals":
+        most_requeues()
         for number in SIGNALS:
             previous = signal.getsignal(number)
             if previous != signal.SIG_IGN:
@@ -78,14 +84,15 @@ class StopSignals:
                 signal.signal(number, previous)
 
 
-def shield_worker(worker: int) -> None:
-    """Let a worker of a data loader outlive `SIGNALS` unless they come from its program.
+def shield_worker(program: int, worker: int) -> None:
+    """Let a worker of a data loader outlive `SIGNALS` unless they come from its program, which ends it by SIGTERM.
 
-    A `worker_init_fn`. Schedulers send signals to whole groups of processes, and the step that the run finishes may
-    still need the worker's batches. The program ends its workers by SIGTERM.
+    Schedulers send signals to whole groups of processes, and the step that the run finishes may still need the
+    worker's batches. For ``worker_init_fn``: ``partial(shield_worker, os.getpid())``.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_obey, args=[os.getppid()], daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where nobody schedules
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_obey, args=[program], daemon=True).start()
 
 
 def _obey(program: int) -> None:
@@ -102,27 +109,68 @@ def leave_preempted(process: Process, folder: Path, advice: str) -> NoReturn:
     for number in SIGNALS:  # Slurm sends more of them to a job that it queues again
         signal.signal(number, signal.SIG_IGN)
     if process.is_first:
-        mark(folder)
+        try:
+            mark(folder)
+        except OutputError as error:  # the checkpoint is there, and a job that is queued again knows its run
+            _logger.warning("%s", error)
         if requeue(process):
             advice = "; the job is queued again"
     leave(process)  # only now: srun ends the other processes of a step as soon as one has failed
     raise Preempted(advice)
 
 
+def begin(folder: Path, resume: str, is_new: bool, environment: Mapping[str, str] = os.environ) -> None:
+    """Note in the folder of a run how it was started, for `goes_on`.
+
+    Args:
+        folder: Where it writes.
+        resume: What its command says of resuming.
+        is_new: Or does it go on with what is there?
+    """
+    before = {} if is_new else _record(folder)
+    _write(folder, {"resume": resume, "preempted": False, "began": time.time()} | before | {"job": _job(environment)})
+
+
 def mark(folder: Path) -> None:
-    """Say in the folder of a run that it was preempted, for `goes_on`."""
-    with replacing(folder / _MARK) as file:
-        file.write(b"Preempted: the same command goes on from the newest checkpoint here.\n")
+    """Note that a run was preempted."""
+    _write(folder, _record(folder) | {"preempted": True})
 
 
-def unmark(folder: Path) -> None:
-    """Take back `mark`: the run has come to its end, or a new one starts in its place."""
-    (folder / _MARK).unlink(missing_ok=True)
+def finish(folder: Path) -> None:
+    """Forget what `begin` and `mark` have noted: the run has come to its end, or a new one takes its place."""
+    (folder / RECORD).unlink(missing_ok=True)
 
 
-def goes_on(folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a run in this folder goes on unasked: it was preempted, or Slurm restarted the job."""
-    return (folder / _MARK).exists() or _restarts(environment) > 0
+def goes_on(folder: Path, resume: str, environment: Mapping[str, str] = os.environ) -> float | None:
+    """Return when the run in a folder began, if a command goes on with it without being told to, or None.
+
+    It does if Slurm has restarted the job that the run belongs to, whatever the command says of resuming: that was for
+    the job's first start. Otherwise if the run was preempted, unless the command asks for something else than before.
+
+    Args:
+        folder: Of a run.
+        resume: What the command says of resuming; empty for nothing.
+    """
+    record = _record(folder)
+    is_same_job = _restarts(environment) > 0 and record.get("job") == _job(environment)
+    is_same_command = record.get("preempted") and resume in ("", record.get("resume")) and resume != NEVER
+    return record.get("began", 0.0) if is_same_job or is_same_command else None
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    with replacing(folder / RECORD) as file:
+        file.write(json.dumps(record).encode())
+
+
+def _job(environment: Mapping[str, str]) -> str:
+    return environment.get("SLURM_JOB_ID", "")
 
 
 def _restarts(environment: Mapping[str, str]) -> int:
@@ -139,7 +187,7 @@ def requeue(process: Process, environment: Mapping[str, str] = os.environ) -> bo
     job = environment.get("SLURM_JOB_ID")
     if not process.is_first or job is None:
         return False
-    limit = int(environment.get("MAX_REQUEUES") or _DEFAULT_REQUEUES)
+    limit = most_requeues(environment)
     if _restarts(environment) >= limit:
         _logger.warning("job %s was queued again %d times, and MAX_REQUEUES is %d: not again", job, limit, limit)
         return False
@@ -155,6 +203,18 @@ def requeue(process: Process, environment: Mapping[str, str] = os.environ) -> bo
         return False
     _logger.info("job %s is queued again", job)
     return True
+
+
+def most_requeues(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how often a job may be queued again.
+
+    Raises:
+        UserError: MAX_REQUEUES is not a number.
+    """
+    value = environment.get("MAX_REQUEUES") or str(_DEFAULT_REQUEUES)
+    if not value.isdecimal():
+        raise UserError(f"MAX_REQUEUES={value}: the variable must be a number from 0 on, or unset.")
+    return int(value)
 
 
 def _state(job: str) -> str:

@@ -176,8 +176,10 @@ def prepare(training_options):
     """Build the trainer of a small run."""
     from engine.trainer import Trainer
     from mambavision.launch import Process
+    from mambavision.preemption import StopSignals
 
-    return lambda *words, **others: Trainer(training_options(*words, **others), Process(), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return lambda *words, **others: Trainer(training_options(*words, **others), Process(), cpu, StopSignals())
 
 
 def weights(folder, name="last.pth.tar", key="state_dict"):

@@ -72,19 +72,6 @@ def test_advice_depends_on_what_was_saved(prepare, monkeypatch, words, complete,
     assert interruption.value.advice == advice
 
 
-def test_one_process_speaks_for_all(prepare, monkeypatch):
-    small = prepare()
-
-    def stop(epoch, reporter):
-        raise Interruption(signal.SIGINT)
-
-    monkeypatch.setattr(small, "_run_epoch", stop)
-    monkeypatch.setattr(type(small.process), "is_first", False)
-    with pytest.raises(SystemExit) as end:
-        small.fit()
-    assert end.value.code == 130
-
-
 def test_interruption_while_the_report_is_closed_is_explained(prepare, monkeypatch):
     """As when a loader's worker notices SIGTERM before the program does."""
     small, close = prepare(), report.RunReport.close

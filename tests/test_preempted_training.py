@@ -139,13 +139,26 @@ def test_runs_can_start_anew(train, monkeypatch):
 
 def test_jobs_that_slurm_restarts_go_on(train, monkeypatch):
     """After the failure of a machine, say: nothing had the time to leave a mark."""
-    words = ["--epochs", "1", "--experiment", "named"]
-    preempt(train, *words)
-    preemption.unmark(Path("output/train/exp/named"))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    words = ["--epochs", "1", "--experiment", "named", "--resume", "never"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preemption, "mark", lambda folder: None)
+        preempt(train, *words)
     with pytest.raises(UserError, match="holds a run already"):
         train(*words)
+    preemption.begin(Path("output/train/exp/named"), "never", is_new=True)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert len(summary(train(*words))) == 1
+
+
+def test_jobs_that_slurm_restarts_leave_other_runs_alone(train, monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr("time.strftime", lambda pattern: f"{next(now):03d}")
+    train("--epochs", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train("--epochs", "1")
+    assert len(folders()) == 2
 
 
 def test_files_to_resume_are_those_of_the_first_start(train, ask):
@@ -165,7 +178,7 @@ def test_runs_without_checkpoints_leave_too(train):
     assert left.exit_status == PREEMPTED
     assert left.advice == " in epoch 0; --no-saver: nothing was saved, and the run would start over"
     (folder,) = Path("output/train/exp").iterdir()
-    assert not preemption.goes_on(folder)
+    assert preemption.goes_on(folder, "") is None
 
 
 # The program itself
@@ -248,4 +261,4 @@ def test_two_processes_leave_together_and_go_on(start, tmp_path):
     assert [program.returncode for program in programs] == [0, 0], said
     runs = tmp_path / "output/train/program"
     assert_same(runs / "asked", runs / "undisturbed")
-    assert not (runs / "asked" / "preempted").exists()
+    assert not (runs / "asked" / preemption.RECORD).exists()

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from mambavision import preemption
-from mambavision.errors import PREEMPTED
+from mambavision.errors import PREEMPTED, OutputError, UserError
 from mambavision.launch import Process
 
 
@@ -104,12 +104,66 @@ def test_refusal_is_told(scontrol, caplog):
 def test_leaving_marks_the_run(scontrol, tmp_path, monkeypatch):
     requests = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert not preemption.goes_on(tmp_path, {})
+    preemption.begin(tmp_path, "", is_new=True)
+    assert preemption.goes_on(tmp_path, "") is None
     with pytest.raises(preemption.Preempted) as left:
         preemption.leave_preempted(Process(), tmp_path, "; by hand")
     assert (left.value.exit_status, left.value.advice) == (PREEMPTED, "; the job is queued again")
     assert requests() == ["requeue 7"]
-    assert preemption.goes_on(tmp_path, {})
-    preemption.unmark(tmp_path)
-    assert not preemption.goes_on(tmp_path, {})
-    assert preemption.goes_on(tmp_path, {"SLURM_RESTART_COUNT": "1"})
+    assert preemption.goes_on(tmp_path, "") is not None
+    preemption.finish(tmp_path)
+    assert preemption.goes_on(tmp_path, "") is None
+
+
+@pytest.mark.parametrize(
+    ("started", "command", "goes_on"),
+    [
+        ("", "", True),
+        ("", "auto", False),  # which finds it by itself
+        ("auto", "auto", True),
+        ("old.pth", "old.pth", True),
+        ("old.pth", "", True),
+        ("old.pth", "other.pth", False),
+        ("never", "never", False),
+    ],
+)
+def test_preempted_runs_go_on_by_the_same_command(tmp_path, started, command, goes_on):
+    preemption.begin(tmp_path, started, is_new=True)
+    assert preemption.goes_on(tmp_path, command) is None
+    preemption.mark(tmp_path)
+    assert (preemption.goes_on(tmp_path, command) is not None) == goes_on
+    began = preemption.goes_on(tmp_path, started if started != "never" else "")
+    preemption.begin(tmp_path, command, is_new=False)  # it goes on, and may be killed
+    assert preemption.goes_on(tmp_path, "") == began
+    preemption.begin(tmp_path, command, is_new=True)
+    assert preemption.goes_on(tmp_path, "") is None
+
+
+@pytest.mark.parametrize("command", ["", "never", "other.pth"])
+def test_restarted_jobs_go_on_with_their_own_run_only(tmp_path, command):
+    restarted = JOB | {"SLURM_RESTART_COUNT": "1"}
+    assert preemption.goes_on(tmp_path, command, restarted) is None
+    preemption.begin(tmp_path, command, is_new=True, environment=JOB)
+    assert preemption.goes_on(tmp_path, command, JOB) is None
+    assert preemption.goes_on(tmp_path, command, restarted) is not None
+    assert preemption.goes_on(tmp_path, command, restarted | {"SLURM_JOB_ID": "8"}) is None
+
+
+def test_limit_must_be_a_number(monkeypatch):
+    monkeypatch.setenv("MAX_REQUEUES", "often")
+    with pytest.raises(UserError, match="MAX_REQUEUES=often"), preemption.StopSignals():
+        pass
+
+
+def test_full_disk_does_not_keep_the_job_from_being_queued_again(scontrol, tmp_path, monkeypatch, caplog):
+    requests = scontrol()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def refuse(folder):
+        raise OutputError("disk full")
+
+    monkeypatch.setattr(preemption, "mark", refuse)
+    with pytest.raises(preemption.Preempted):
+        preemption.leave_preempted(Process(), tmp_path, "")
+    assert requests() == ["requeue 7"]
+    assert "disk full" in caplog.text

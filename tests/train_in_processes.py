@@ -20,7 +20,7 @@ from engine.options import train_options
 from mambavision import preemption
 from mambavision.errors import UserError
 from mambavision.launch import join, leave, this_process
-from mambavision.preemption import SIGNALS, Preempted
+from mambavision.preemption import SIGNALS, Preempted, StopSignals
 
 PROCESS, DEVICE = this_process(), torch.device("cpu")
 WORDS = sys.argv[1:]
@@ -29,14 +29,14 @@ WORDS = sys.argv[1:]
 def fit(*words, model="mamba_vision_T", before=lambda small: None):
     """Train; return the trainer, what each batch lost, and how it ended."""
     torch.manual_seed(0)
-    small = trainer.Trainer(train_options([*setting(model), *WORDS, *words]), PROCESS, DEVICE)
-    losses = []
-    small.learner.task.register_forward_hook(lambda task, batch, result: losses.append(result["loss"].item()))
-    before(small)
-    end = ""
+    losses, end = [], ""
     try:
-        small.fit()
-    except (UserError, Preempted, SystemExit) as error:
+        with StopSignals() as signals:
+            small = trainer.Trainer(train_options([*setting(model), *WORDS, *words]), PROCESS, DEVICE, signals)
+            small.learner.task.register_forward_hook(lambda task, batch, result: losses.append(result["loss"].item()))
+            before(small)
+            small.fit()
+    except (UserError, Preempted) as error:
         end = f"{type(error).__name__}: {error}"
         torch.distributed.barrier()
     return small, losses, end

@@ -181,8 +181,8 @@ class Learner:
     def load_buffers(self, saved: Mapping[str, Tensor]) -> None:
         """Restore what `buffers` returned."""
         own = self._named_buffers()
-        for name, buffer in saved.items():
-            own[name].copy_(buffer)
+        for name in own.keys() & saved.keys():  # options can switch the average on or off
+            own[name].copy_(saved[name])
 
     def _named_buffers(self) -> dict[str, Tensor]:
         found = {}

@@ -8,6 +8,7 @@ changes what a run sees. timm's streams are an exception: they have an order of 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -199,7 +200,7 @@ def train_loader(
         drop_last=True,
         collate_fn=(collate_mixup or fast_collate) if prefetch else default_collate,
         num_workers=workers,
-        worker_init_fn=shield_worker,
+        worker_init_fn=partial(shield_worker, os.getpid()),
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         # Of its own, to keep the loader's hands off the global random state; streams are augmented by it.
@@ -250,7 +251,7 @@ def eval_loader(
         collate_fn=fast_collate if prefetch else default_collate,
         generator=torch.Generator(),
         num_workers=workers,
-        worker_init_fn=shield_worker,
+        worker_init_fn=partial(shield_worker, os.getpid()),
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
     )

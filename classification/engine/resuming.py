@@ -15,11 +15,11 @@ from mambavision import resume
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError
 from mambavision.launch import Process
-from mambavision.preemption import goes_on, unmark
+from mambavision.preemption import NEVER, finish, goes_on
 
 _logger = logging.getLogger(__name__)
 
-AUTO, NEVER = "auto", "never"  # values of --resume besides a path
+AUTO = "auto"  # a value of --resume, as NEVER is
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def find(args: argparse.Namespace, process: Process, device: torch.device) -> Re
 
     A run that was preempted goes on unasked, when the command is the one that it was started by.
     """
-    if args.resume == NEVER:
-        if process.is_first:
-            for folder in _same_runs(args):
-                unmark(folder)
-        return None
     found = _preempted(args) if process.is_first else None
     path, is_unasked = of_first((found and found[0], found is not None), process, device)
+    if path is None and args.resume == NEVER:
+        if process.is_first:
+            for folder in _same_runs(args):
+                finish(folder)
+        return None
     if path is None and args.resume == AUTO:
         files = run.resumable_checkpoints(args.output, args.tag, args.experiment)
         found = resume.newest_valid(files) if process.is_first else None
@@ -99,11 +99,8 @@ def find(args: argparse.Namespace, process: Process, device: torch.device) -> Re
 
 def _preempted(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint of a preempted run that was started by this command."""
-    files = [path for folder in _same_runs(args) if goes_on(folder) for path in run.checkpoints_in(folder)]
-    found = resume.newest_valid(files)
-    if found and args.resume not in ("", AUTO) and settings_in(found[1]).get("resume") != args.resume:
-        return None  # a file that the user names now
-    return found
+    folders = [folder for folder in _same_runs(args) if goes_on(folder, args.resume) is not None]
+    return resume.newest_valid(path for folder in folders for path in run.checkpoints_in(folder))
 
 
 def _same_runs(args: argparse.Namespace) -> list[Path]:

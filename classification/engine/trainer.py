@@ -24,9 +24,9 @@ from engine.values import check_values
 from mambavision import resume
 from mambavision.checkpoint import check_writable, remove_temporaries, save_checkpoint
 from mambavision.errors import Interruption
-from mambavision.finite import FiniteGuard
+from mambavision.finite import FiniteGuard, NonFiniteError
 from mambavision.launch import Process, any_process, join, leave, pick_device, this_process
-from mambavision.preemption import Preempted, StopSignals, leave_preempted, unmark
+from mambavision.preemption import Preempted, StopSignals, begin, finish, leave_preempted
 from mambavision.reporting import start_logging
 
 _logger = logging.getLogger(__name__)
@@ -47,19 +47,20 @@ def train(args: argparse.Namespace) -> None:
     sharding.check_options(args, process)
     check_values(args)
     join(process, device)
-    trainer = Trainer(args, process, device)
-    if args.validate_only:
-        trainer.validate_only()
-    else:
-        trainer.fit()
+    with StopSignals() as signals:
+        trainer = Trainer(args, process, device, signals)
+        if args.validate_only:
+            trainer.validate_only()
+        else:
+            trainer.fit()
     leave(process)  # not after an error: the other processes would be waited for in vain
 
 
 class Trainer:
     """A training run of one process. Nothing is written before everything is built."""
 
-    def __init__(self, args: argparse.Namespace, process: Process, device: torch.device) -> None:
-        self.args, self.process, self.device = args, process, device
+    def __init__(self, args: argparse.Namespace, process: Process, device: torch.device, signals: StopSignals) -> None:
+        self.args, self.process, self.device, self.signals = args, process, device, signals
         check_writable(run.runs_folder(args.output, args.tag) / run.SETTINGS)
         self.log_dir = Path(f"{args.log_dir.rstrip('/')}_{args.tag}") if args.log_dir else None
         if self.log_dir:
@@ -84,16 +85,18 @@ class Trainer:
         self.first_epoch, self.first_batch = args.start_epoch or 0, 0
         self.epoch_so_far = dict(_NO_BATCH)  # of this process
         random_seed(args.seed, process.rank)
-        self.folder = (resumed and resumed.folder) or self._new_folder()
+        self.is_new = not (resumed and resumed.folder)
+        self.folder = self._new_folder() if self.is_new else resumed.folder
         self.checkpoints = run.Checkpoints(self.folder, args.checkpoint_hist, args.eval_metric == "loss")
         if resumed:
-            self._resume(resumed)
+            self._find_position(resumed)
         self.last_complete_epoch = self.first_epoch - 1
         updates = self.first_epoch * self._steps(len(self.batches.train)) + self._steps(self.first_batch)
         self.learner.go_to(self.first_epoch, updates, resumed)
         self.learner.distribute()
-        self.signals = StopSignals()
-        self.guard = FiniteGuard(process, device, self._about_the_step)
+        if resumed:
+            self._restore_own_state(resumed)
+        self.guard = FiniteGuard(process, device)
         self.position = (self.first_epoch, self.first_batch)  # epoch and batch, for messages
 
     # Set-up
@@ -104,13 +107,15 @@ class Trainer:
         folder = run.new_run_folder(args.output, args.tag, args.experiment, args.model, size)
         return of_first(folder, self.process, self.device)
 
-    def _resume(self, resumed: resuming.Resumed) -> None:
-        checkpoint = resumed.checkpoint
+    def _find_position(self, resumed: resuming.Resumed) -> None:
         is_stream = isinstance(self.datasets[0], IterableDataset)
         self.first_epoch, self.first_batch = resumed.position(self._batching(), is_stream)
-        if "checkpoints" in checkpoint:
-            self.checkpoints.load_state(checkpoint["checkpoints"])
-        states = checkpoint.get("processes", [])
+        if "checkpoints" in resumed.checkpoint:
+            self.checkpoints.load_state(resumed.checkpoint["checkpoints"])
+
+    def _restore_own_state(self, resumed: resuming.Resumed) -> None:
+        """Restore what differs between processes: last, as DDP spreads the buffers of the first when it wraps."""
+        states = resumed.checkpoint.get("processes", [])
         if len(states) == self.process.world_size:
             own = states[self.process.rank]
             resume.set_random_state(own["random"])
@@ -143,17 +148,15 @@ class Trainer:
         else:
             _logger.info("all %d epochs of this run are done; raise --epochs to go on", self.num_epochs)
         if self.process.is_first:
-            unmark(self.folder)
+            finish(self.folder)
 
     def _fit(self) -> None:
         reporter, epoch = self._open_report(), self.first_epoch
         try:
-            with self.signals, closing(reporter) if reporter else nullcontext():
+            with closing(reporter) if reporter else nullcontext():
                 for epoch in range(self.first_epoch, self.num_epochs):
                     self._run_epoch(epoch, reporter)
         except Interruption as interruption:
-            if not self.process.is_first:  # one process is enough to say it
-                raise SystemExit(interruption.exit_status) from None
             interruption.advice = f" in epoch {epoch}{interruption.advice or '; ' + self._how_to_go_on()}"
             raise
         for dataset in self.datasets:
@@ -183,6 +186,7 @@ class Trainer:
         remove_temporaries(self.folder)
         settings = run.settings_of(args)
         run.write_settings(self.folder, settings)
+        begin(self.folder, args.resume, self.is_new)
         log_dir = self.log_dir or self.folder / "tensorboard"
         reporter = report.RunReport(self.folder, log_dir, self.first_epoch, settings, args.log_wandb)
         parameters = sum(parameter.numel() for parameter in self.learner.task.get_trainable_module().parameters())
@@ -310,18 +314,21 @@ class Trainer:
 
     def _finish_step(self) -> bool:
         """Take the optimizer's step if all is finite; return whether any process was asked to leave."""
-        is_asked = self.guard.check(self.learner.gradients(), self.signals.received)
-        self.guard.count_skip(self.learner.step())
+        try:
+            is_asked = self.guard.check(self.learner.gradients(), self.signals.received)
+            self.guard.count_skip(self.learner.step())
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} {self._about_the_step()}") from None
         return is_asked
 
     def _about_the_step(self) -> str:
-        """Close the message of a step that must not be taken."""
+        """Return what to add to the message of a step that must not be taken."""
         epoch, batch = self.position
         files = [self.folder / name for name in (run.RECOVERY, run.LAST) if (self.folder / name).exists()]
         kept = f"{files[0]} is untouched" if files else "no checkpoint was written yet"
         return (
             f"It was epoch {epoch}, batch {batch}, at learning rate {self.learner.lr:.3g} ({kept}). Lower --lr, "
-            "lengthen --warmup-epochs, or use --bfloat instead of float16"
+            "lengthen --warmup-epochs, or use --bfloat instead of float16."
         )
 
     # Saving

@@ -4,6 +4,7 @@ So neither the number of workers nor an interruption changes what a run sees, an
 """
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from mambavision.errors import UserError
 from mambavision.preemption import shield_worker
 from mambavision.seeding import seeded
 
@@ -87,10 +89,15 @@ class Showings(Sampler):
                     showings.append(Showing(epoch, shown[index], index))
                     shown[index] += 1
                 yield showings
+            if not shown:
+                raise UserError(
+                    f"train_dataloader: there are fewer images than one batch of {self.batch_size} on each process; "
+                    "lower batch_size, or set drop_last=False."
+                )
 
 
-def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
-    shield_worker(worker)
+def _start_worker(program: int, start: Callable[[int], None] | None, worker: int) -> None:
+    shield_worker(program, worker)
     if start is not None:
         start(worker)
 
@@ -104,7 +111,7 @@ def exact_loader(loader: DataLoader, seed: int, rank: int, endless: bool) -> Dat
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=partial(_start_worker, loader.worker_init_fn),
+        worker_init_fn=partial(_start_worker, os.getpid(), loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),  # of its own, to keep its hands off the global random state
         prefetch_factor=loader.prefetch_factor,

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 import torch.distributed
 from mmengine import Config
-from mmengine.dist import broadcast, get_rank, get_world_size
+from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mambavision.errors import UserError
 from mambavision.finite import FiniteGuard
 from mambavision.launch import any_process
 from mambavision.openmmlab.batches import Showings, exact_loader
@@ -26,16 +27,26 @@ _EXACT = {"EpochBasedTrainLoop": "ExactEpochLoop", "IterBasedTrainLoop": "ExactI
 _POSITION = "position"  # in mmengine's message hub, which is part of every checkpoint
 
 
-def use_exact_loops(config: Config) -> None:
-    """Let a config for mmengine's own training loops and checkpoint hook use those of this package."""
+def use_exact_loops(config: Config) -> bool:
+    """Let a config for mmengine's own training loops and checkpoint hook use those of this package.
+
+    Returns:
+        Whether its loop is one of this package now.
+    """
     loop = config.train_cfg
     if "by_epoch" in loop:
         loop.type = "EpochBasedTrainLoop" if loop.pop("by_epoch") else "IterBasedTrainLoop"
-    loop.type = _EXACT.get(loop.get("type"), loop.get("type"))
+    loop.type = _EXACT.get(_name(loop.get("type")), loop.get("type"))
     config.setdefault("default_hooks", {}).setdefault("checkpoint", {"type": "CheckpointHook"})
     hook = config.default_hooks.checkpoint
-    if hook is not None and hook.get("type") == "CheckpointHook":
+    if hook is not None and _name(hook.get("type")) == "CheckpointHook":
         hook.type = "SafeCheckpointHook"
+    return loop.type in _EXACT.values()
+
+
+def _name(kind: str | type | None) -> str:
+    """``mmengine.CheckpointHook``, or the class itself -> ``CheckpointHook``"""
+    return (kind if isinstance(kind, str) else getattr(kind, "__name__", "")).rpartition(".")[-1]
 
 
 class _LeaveValidationError(Exception):
@@ -96,9 +107,15 @@ class _ExactLoop:
 
     def _begin(self) -> None:
         """Prepare what needs the whole runner, after a checkpoint was loaded."""
-        guard = FiniteGuard(current_process(), collective_device(), self._advice)
-        self._steps = GuardedSteps(self.runner.optim_wrapper, guard, self.signals)
+        guard = FiniteGuard(current_process(), collective_device())
+        self._steps = GuardedSteps(self.runner.optim_wrapper, guard, self.signals, self._advice)
         self.runner.register_hook(_WatchValidation(self.signals), "VERY_LOW")
+        iterations = all_gather_object(self._iter)
+        if len(set(iterations)) > 1:
+            raise UserError(
+                f"the processes go on from different iterations ({', '.join(map(str, iterations))}): all of them must "
+                f"see the same files in {self.runner.work_dir}."
+            )
         own = {"processes": get_world_size(), "images": (self._showings.batch_size or 1) * get_world_size()}
         found = {"batch": self._batches_done(), "validates": False, **own}
         found |= self.runner.message_hub.runtime_info.get(_POSITION, {})
@@ -118,7 +135,7 @@ class _ExactLoop:
         return (
             f"This was iteration {self._iter + 1}, and the weights are those of before it; checkpoints are in "
             f"{self.runner.work_dir}. Look at the images, lower the learning rate (optim_wrapper.optimizer.lr), or "
-            "clip gradients (optim_wrapper.clip_grad)"
+            "clip gradients (optim_wrapper.clip_grad)."
         )
 
     def _keep_position(self, **position: Any) -> None:

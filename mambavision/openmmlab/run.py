@@ -1,6 +1,7 @@
 """Training and testing with mmengine's runner: what the programs of both OpenMMLab tasks have in common."""
 
 import argparse
+import contextlib
 import copy
 import logging
 import math
@@ -19,7 +20,7 @@ from mambavision.openmmlab.config import collect_log, explained, fit_to_machine,
 from mambavision.openmmlab.hooks import RECOVERY
 from mambavision.openmmlab.loops import use_exact_loops
 from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
-from mambavision.preemption import Preempted, StopSignals, goes_on, unmark
+from mambavision.preemption import NEVER, Preempted, StopSignals, begin, finish, goes_on
 from mambavision.resume import newest_valid
 
 _logger = logging.getLogger(__name__)
@@ -94,14 +95,18 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise UserError(f"--auto-scale-lr: {args.config} does not say for which batch size its rate is meant.")
         config.auto_scale_lr.enable = True
-    use_exact_loops(config)
+    is_exact = use_exact_loops(config)
+    if not is_exact:
+        _logger.warning("%s: a training loop of its own, so this run cannot be left and continued exactly", args.config)
+    resume = _resume_word(config, args)
     source, content = _starting_point(config, args)
     try:
-        with StopSignals() as signals:
+        with StopSignals() if is_exact else contextlib.nullcontext() as signals:
             check_data(config)
             with explained(args.config), _Run(config, args, given) as runner:
-                _tidy(Path(runner.work_dir), config.resume)
-                runner.train_loop.signals = signals
+                _take_over(Path(runner.work_dir), resume, is_new=not config.resume)
+                if is_exact:
+                    runner.train_loop.signals = signals
                 if config.resume:
                     check_weights(runner.model, content, source)
                     check_classes(runner.train_loop.dataloader.dataset, content, source)
@@ -158,7 +163,7 @@ def _config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
 
 def _starting_point(config: Config, args: argparse.Namespace) -> tuple[str | None, dict[str, Any] | None]:
     """Return path and content of the checkpoint to start or go on from, and let the config say which of both."""
-    source, content = _to_resume(args, Path(config.work_dir)) or (config.get("load_from"), None)
+    source, content = _to_resume(config, args) or (config.get("load_from"), None)
     config.resume = content is not None
     if config.resume:
         config.load_from = source
@@ -170,23 +175,19 @@ def _starting_point(config: Config, args: argparse.Namespace) -> tuple[str | Non
     return source, content
 
 
-def _to_resume(args: argparse.Namespace, work_dir: Path) -> tuple[str, dict[str, Any]] | None:
+def _to_resume(config: Config, args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     """Return the path and content of the checkpoint to go on from, if there is one."""
-    resume = args.resume
-    if resume is None and goes_on(work_dir):
-        _logger.info("this run was preempted, and goes on; to start anew, give --resume never")
-        resume = "auto"
-    if resume in (None, "never"):
+    work_dir, resume = Path(config.work_dir), _resume_word(config, args)
+    found = _preempted(work_dir, resume)
+    if found is None and resume in ("", NEVER):
         return None
-    folder = work_dir if resume == "auto" else Path(resume)
-    if resume == "auto" or folder.is_dir():
-        files = [*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth"), *folder.glob(RECOVERY)]
-        found = newest_valid(files, key=_step)
-        if found is None:
-            _logger.warning("nothing to go on from in %s: training starts from the beginning", folder)
-            return None
-    else:
-        found = folder, read_checkpoint(folder)
+    if found is None:
+        folder = work_dir if resume == "auto" else Path(resume)
+        is_file = resume != "auto" and not folder.is_dir()
+        found = (folder, read_checkpoint(folder)) if is_file else newest_valid(_checkpoints(folder), key=_step)
+    if found is None:
+        _logger.warning("nothing to go on from in %s: training starts from the beginning", folder)
+        return None
     path, content = found
     missing = {"meta", "state_dict", "optimizer", "message_hub"} - content.keys()
     if missing:
@@ -198,6 +199,35 @@ def _to_resume(args: argparse.Namespace, work_dir: Path) -> tuple[str, dict[str,
     return str(path), content
 
 
+def _preempted(work_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint of a run that goes on without being told to, and its content."""
+    began = goes_on(work_dir, resume)
+    if began is None:
+        return None
+    found = newest_valid((path for path in _checkpoints(work_dir) if path.stat().st_mtime >= began), key=_step)
+    if found is not None:
+        _logger.info("this run was preempted, and goes on; to start anew, give --resume never")
+    return found
+
+
+def _resume_word(config: Config, args: argparse.Namespace) -> str:
+    """Return what --resume says or, without it, what the config does in mmengine's way; empty for nothing."""
+    if args.resume is None and config.get("resume"):
+        return config.get("load_from") or "auto"
+    return args.resume or ""
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a training; not what a preempted run left, if its hooks have written a later one."""
+    regular = [*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")]
+    pointer = folder / "last_checkpoint"
+    last = Path(pointer.read_text().strip()) if pointer.is_file() else None
+    if last is not None and last.is_file() and last.parent.resolve() != folder.resolve():  # a hook's out_dir
+        regular.append(last)
+    newest = max((path.stat().st_mtime for path in regular), default=0.0)
+    return [*regular, *(path for path in folder.glob(RECOVERY) if path.stat().st_mtime >= newest)]
+
+
 def _step(checkpoint: Path) -> float:
     """``epoch_12.pth`` -> 12; what a preempted run left is newer than all of its checkpoints."""
     if checkpoint.name == RECOVERY:
@@ -206,17 +236,18 @@ def _step(checkpoint: Path) -> float:
     return int(number) if number.isdigit() else -1
 
 
-def _tidy(work_dir: Path, is_resumed: bool) -> None:
+def _take_over(work_dir: Path, resume: str, is_new: bool) -> None:
     """Delete what a killed run left half written and, where a new run starts, what a preempted one left."""
     if is_main_process():
         remove_temporaries(work_dir)
-    if not is_resumed:
-        _forget_preemption(work_dir)
+        if is_new:
+            (work_dir / RECOVERY).unlink(missing_ok=True)
+        begin(work_dir, resume, is_new)
 
 
 def _forget_preemption(work_dir: Path) -> None:
     if is_main_process():
-        unmark(work_dir)
+        finish(work_dir)
         (work_dir / RECOVERY).unlink(missing_ok=True)
 
 

@@ -5,11 +5,12 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from mmengine.device import get_device
 from mmengine.dist import get_comm_device, get_rank, get_world_size, is_distributed
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mambavision.errors import UserError
-from mambavision.finite import FiniteGuard
+from mambavision.finite import FiniteGuard, NonFiniteError
 from mambavision.launch import Process
 from mambavision.preemption import StopSignals
 
@@ -20,26 +21,28 @@ def current_process() -> Process:
 
 
 def collective_device() -> torch.device:
-    """Return where the collectives of all processes work."""
-    return torch.device(get_comm_device() if is_distributed() else "cpu")
+    """Return where the collectives of all processes work, or where a single one does."""
+    return torch.device(get_comm_device() if is_distributed() else get_device())
 
 
 class GuardedSteps:
     """Lets a `FiniteGuard` see every step of an optimizer wrapper before it is taken.
 
     With it travels whether any process was asked to leave: `leaves` says so after a step, on all of them.
-    Set `batch` before each iteration.
+    Set `batch` before each iteration. `advice` is what to add to the message of a step that must not be taken.
 
     Raises:
         UserError: There are several optimizers.
     """
 
-    def __init__(self, wrapper: OptimWrapper, guard: FiniteGuard, signals: StopSignals) -> None:
+    def __init__(
+        self, wrapper: OptimWrapper, guard: FiniteGuard, signals: StopSignals, advice: Callable[[], str]
+    ) -> None:
         if isinstance(wrapper, OptimWrapperDict):
             raise UserError(f"optim_wrapper: {type(wrapper).__name__} has several optimizers; give one.")
         self.batch: Any = None
         self.leaves = False
-        self._guard, self._signals, self._optimizer = guard, signals, wrapper.optimizer
+        self._guard, self._signals, self._advice, self._optimizer = guard, signals, advice, wrapper.optimizer
         scaler = getattr(wrapper, "loss_scaler", None)
         self._has_loss_scale = scaler is not None and scaler.is_enabled()
         self._was_taken = False
@@ -62,11 +65,14 @@ class GuardedSteps:
         def check_and_step(**kwargs: Any) -> None:
             parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
             gradients = [] if self._has_loss_scale else [each.grad for each in parameters if each.grad is not None]
-            self.leaves = self._guard.check(gradients, self._signals.received)
-            self._was_taken = False
-            step(**kwargs)
-            if self._has_loss_scale:
-                self._guard.count_skip(not self._was_taken)
+            try:
+                self.leaves = self._guard.check(gradients, self._signals.received)
+                self._was_taken = False
+                step(**kwargs)
+                if self._has_loss_scale:
+                    self._guard.count_skip(not self._was_taken)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} {self._advice()}") from None
 
         return check_and_step
 

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine import Config
 from mmengine.logging import MessageHub
 from mmengine.runner.checkpoint import save_checkpoint
 
 from crashes import count_points, killed_after, killed_at
 from mambavision.openmmlab import run
 from mambavision.openmmlab.hooks import SafeCheckpointHook
-from mambavision.preemption import mark, unmark
+from mambavision.preemption import RECORD, begin, finish, mark
 
 _EPOCHS = 4
 
@@ -48,10 +49,14 @@ def train(work_dir, first=0, report=lambda epoch: None):
         hook.after_val_epoch(runner, {"score": [1, 3, 2, 4][epoch]})
 
 
+def to_resume(work_dir, resume=None, **config):
+    return run._to_resume(Config({"work_dir": str(work_dir), **config}), Namespace(resume=resume))
+
+
 def go_on(work_dir):
     """Go on as a new process does; return how many epochs were found."""
-    found = run._to_resume(Namespace(resume="auto"), work_dir)
-    run._tidy(work_dir, is_resumed=found is not None)
+    found = to_resume(work_dir, "auto")
+    run._take_over(work_dir, "auto", is_new=found is None)
     done = 0
     if found is not None:
         path, content = found
@@ -96,31 +101,68 @@ def checkpoint(path, **meta):
 
 
 def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
+    begin(tmp_path, "", is_new=True)
     checkpoint(tmp_path / "iter_4.pth", iter=4)
     checkpoint(tmp_path / "iter_8.pth", iter=8)
     mark(tmp_path)
 
     def found(resume=None):
-        path, content = run._to_resume(Namespace(resume=resume), tmp_path)
+        path, content = to_resume(tmp_path, resume)
         assert path == str(tmp_path / ("recovery.pth" if content["meta"]["iter"] == 9 else "iter_8.pth"))
         return content["meta"]["iter"]
 
     assert found() == 8
     checkpoint(tmp_path / "recovery.pth", iter=9)
     assert found() == found("auto") == found(str(tmp_path)) == 9
-    assert run._to_resume(Namespace(resume="never"), tmp_path) is None
+    assert to_resume(tmp_path, "never") is None
     whole = (tmp_path / "recovery.pth").read_bytes()
     (tmp_path / "recovery.pth").write_bytes(whole[: len(whole) // 2])
     assert found() == 8
     assert "recovery.pth: cannot be read as a checkpoint" in caplog.text
-    unmark(tmp_path)
-    assert run._to_resume(Namespace(resume=None), tmp_path) is None
+    (tmp_path / "recovery.pth").write_bytes(whole)
+    os.utime(tmp_path / "recovery.pth", (1, 1))  # other hooks than ours do not delete it
+    assert found() == 8
+    finish(tmp_path)
+    assert to_resume(tmp_path) is None
+
+
+def test_other_checkpoints_of_the_folder_are_not_taken_for_the_preempted_run(tmp_path):
+    checkpoint(tmp_path / "epoch_12.pth", epoch=12)
+    os.utime(tmp_path / "epoch_12.pth", (1, 1))
+    begin(tmp_path, "", is_new=True)
+    mark(tmp_path)
+    assert to_resume(tmp_path) is None
+    checkpoint(tmp_path / "epoch_2.pth", epoch=2)
+    assert to_resume(tmp_path)[0].endswith("epoch_2.pth")
+
+
+def test_run_that_started_from_a_file_goes_on_from_its_own(tmp_path):
+    checkpoint(tmp_path / "old.pth", epoch=3)
+    work_dir = tmp_path / "run"
+    work_dir.mkdir()
+    assert to_resume(work_dir, str(tmp_path / "old.pth"))[1]["meta"]["epoch"] == 3
+    begin(work_dir, str(tmp_path / "old.pth"), is_new=True)
+    mark(work_dir)
+    assert to_resume(work_dir, str(tmp_path / "old.pth"))[1]["meta"]["epoch"] == 3  # nothing of its own yet
+    checkpoint(work_dir / "recovery.pth", epoch=5)
+    assert to_resume(work_dir, str(tmp_path / "old.pth"))[1]["meta"]["epoch"] == 5
+
+
+def test_configs_resume_as_in_mmengine(tmp_path):
+    checkpoint(tmp_path / "epoch_2.pth", epoch=2)
+    checkpoint(tmp_path / "other.pth", epoch=7)
+    assert to_resume(tmp_path, resume=None, load_from=str(tmp_path / "other.pth")) is None
+    config = Config({"work_dir": str(tmp_path), "resume": True})
+    assert run._to_resume(config, Namespace(resume=None))[1]["meta"]["epoch"] == 2
+    config.load_from = str(tmp_path / "other.pth")
+    assert run._to_resume(config, Namespace(resume=None))[1]["meta"]["epoch"] == 7
+    assert run._to_resume(config, Namespace(resume="never")) is None
 
 
 def test_a_new_run_takes_nothing_over(tmp_path):
-    for name in ("iter_4.pth", "recovery.pth", "preempted", ".iter_8.pth.12.tmp", ".hidden"):
+    for name in ("iter_4.pth", "recovery.pth", ".iter_8.pth.12.tmp", ".hidden"):
         (tmp_path / name).touch()
-    run._tidy(tmp_path, is_resumed=True)
-    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth", "preempted", "recovery.pth"]
-    run._tidy(tmp_path, is_resumed=False)
-    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth"]
+    run._take_over(tmp_path, "", is_new=False)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth", "recovery.pth", RECORD]
+    run._take_over(tmp_path, "", is_new=True)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth", RECORD]

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from conftest import ROOT
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, IO_FAILURE, PREEMPTED
+from mambavision.preemption import RECORD
 
 TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "small_preempted_detector.py"}
 
@@ -100,11 +101,11 @@ def test_the_same_command_goes_on_exactly(case, train, uninterrupted, tmp_path):
         assert "Traceback" not in left[0].output
         last = left[0].output.splitlines()[-1]
         assert last == f"interrupted; the same command goes on after iteration {iteration}"
-        assert {"preempted", "recovery.pth"} <= {path.name for path in work_dir.iterdir()}
+        assert {RECORD, "recovery.pth"} <= {path.name for path in work_dir.iterdir()}
     gone_on = train(task, work_dir, "--cfg-options", "train_dataloader.num_workers=1", ranks=ranks)
     assert [finished.status for finished in gone_on] == [0] * ranks, gone_on[0].output
     assert "this run was preempted, and goes on; to start anew, give --resume never" in gone_on[0].output
-    assert not {"preempted", "recovery.pth"} & {path.name for path in work_dir.iterdir()}
+    assert not {RECORD, "recovery.pth"} & {path.name for path in work_dir.iterdir()}
     assert_same_run(work_dir, uninterrupted(task, ranks))
 
 

@@ -27,7 +27,7 @@ def signals():
 @pytest.fixture
 def guarded(signals):
     def guard(wrapper):
-        steps = GuardedSteps(wrapper, FiniteGuard(Process(), torch.device("cpu"), lambda: "Look"), signals)
+        steps = GuardedSteps(wrapper, FiniteGuard(Process(), torch.device("cpu")), signals, lambda: "Look")
         steps.batch = {"data_samples": [SimpleNamespace(img_path="a.png"), SimpleNamespace()]}
         return steps
 

@@ -17,6 +17,7 @@ from cluster import Cluster
 from conftest import ROOT, SETTING, identical, weights
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, PREEMPTED
+from mambavision.preemption import RECORD
 
 _SECONDS = 300  # for a job to come to something, on a busy machine
 
@@ -178,7 +179,7 @@ def test_jobs_are_warned_before_their_time_limit(job, trained):
     known = limited.until_it_ends()
     assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", f"{PREEMPTED}:0", "0")
     assert f"job {limited.number} was queued again 0 times, and MAX_REQUEUES is 0: not again" in limited.output()
-    assert (folder / "preempted").exists()
+    assert json.loads((folder / RECORD).read_text())["preempted"]
     again = job("classification/train.sh", *words, GPUS="2")
     again.until_it_says("resuming")
     again.until_it_says("epoch ")
@@ -191,7 +192,7 @@ def test_cancelled_jobs_stay_cancelled(job, trained):
     cancelled.slurm.ask("scancel", cancelled.number)
     known = cancelled.until_it_ends()
     assert (known["JobState"], known["Restarts"]) == ("CANCELLED", "0")
-    assert (folder / "preempted").exists()
+    assert json.loads((folder / RECORD).read_text())["preempted"]
 
 
 def test_one_failing_process_ends_the_job(job, trained, digits, tmp_path):
