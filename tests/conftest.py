@@ -2,10 +2,12 @@
 
 import csv
 import importlib.util
+import io
 import logging
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from urllib.error import URLError
 
@@ -162,9 +164,18 @@ def training_options(digits, tmp_path, monkeypatch):
 def train(training_options, tmp_path):
     """Train in this process; return the run's folder."""
     from engine import trainer
+    from matplotlib.figure import Figure
+
+    # Trainers must not be left to the garbage collector, in which each worker of a loader takes 5 s to end: what
+    # matplotlib imports when it first draws keeps the frames on the stack, and so does what pytest.raises catches.
+    Figure().savefig(io.BytesIO(), format="png")
 
     def start(*words, **others):
-        trainer.train(training_options(*words, **others))
+        try:
+            trainer.train(training_options(*words, **others))
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
         folders = sorted(tmp_path.glob("output/train/exp/*"))
         return folders[-1] if folders else None
 
