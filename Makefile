@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 SEGMENTATION_CONFIG ?= configs/mamba_vision/upernet_mamba_vision_digits.py
 
-.PHONY: help env demo demo-detection demo-segmentation test test-slurm bench bench-gpu lint format clean
+.PHONY: help env demo demo-detection demo-segmentation test test-slurm soak bench bench-gpu lint format clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 19
@@ -32,6 +32,9 @@ test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 test-slurm: $(READY)  ## Run the scripts of all tasks as jobs of a Slurm that is started here, and installed if it may be
 	sh tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm/jobs.py
+
+soak: $(READY)  ## Train for 5000 steps and watch memory, open files and leftover workers
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 bench: $(READY)  ## Measure the kernels and models on this machine's CPU
 	$(BIN)/python kernels/benchmarks/cpu.py

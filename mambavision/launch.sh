@@ -5,6 +5,7 @@
 #                allocation and where there is sbatch, else local)
 #   GPUS         GPUs, and so processes, of each machine (default: those that are there or in the allocation, 8 for a job;
 #                0: the CPU)
+#   CPUS         cores of each process, for its data loader's workers (default: Slurm's, mostly one)
 #   PROCESSES    processes of each machine (default: GPUS, at least 1)
 #   NODES        machines (default: those of the allocation, else 1; more than 1 needs Slurm)
 #   PARTITION, ACCOUNT, TIME, JOB_NAME    as sbatch's options of these names
@@ -48,6 +49,7 @@ launch() { # launch PROGRAM [ARGUMENT ...]: takes the place of this shell, so th
 
     local shape=(--nodes="$nodes" --ntasks-per-node="$processes")
     ((gpus == 0)) || shape+=(--gres=gpu:"$gpus")
+    [[ -z ${CPUS:-} ]] || shape+=(--cpus-per-task="$CPUS") # to srun too, which does not take it from the job
     local step=(srun "${shape[@]}" --kill-on-bad-exit=1 --label "$python" -u "$@")
     [[ -z ${SLURM_JOB_ID:-} ]] || exec "${step[@]}"
     # shellcheck disable=SC2086 # SBATCH_OPTIONS is a list of words

@@ -163,8 +163,9 @@ def training_options(digits, tmp_path, monkeypatch):
 @pytest.fixture
 def train(training_options, tmp_path):
     """Train in this process; return the run's folder."""
-    from engine import trainer
     from matplotlib.figure import Figure
+
+    from engine import trainer
 
     # Trainers must not be left to the garbage collector, in which each worker of a loader takes 5 s to end: what
     # matplotlib imports when it first draws keeps the frames on the stack, and so does what pytest.raises catches.

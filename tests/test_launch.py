@@ -348,19 +348,21 @@ def test_scripts_submit_jobs(shell):
     shell.fake("sbatch")
     settings = {
         "NODES": "2",
+        "CPUS": "12",
         "PARTITION": "gpu",
         "ACCOUNT": "me",
         "TIME": "4:00:00",
         "SBATCH_OPTIONS": "--mem=0 --exclusive",
     }
     shown = shell("train.sh", "--tag", "a b", **settings).stdout
-    for word in ("--nodes=2", "--ntasks-per-node=8", "--gres=gpu:8", "--job-name=train", "--partition=gpu",
-                 "--account=me", "--time=4:00:00", "--mem=0", "--exclusive"):  # fmt: skip
+    for word in ("--nodes=2", "--ntasks-per-node=8", "--gres=gpu:8", "--cpus-per-task=12", "--job-name=train",
+                 "--partition=gpu", "--account=me", "--time=4:00:00", "--mem=0", "--exclusive"):  # fmt: skip
         assert f"<{word}>" in shown
     assert f"<--chdir={ROOT / 'classification'}>" in shown
     wrapped = shown.split("--wrap=")[1]
     assert wrapped.startswith(
-        "srun --nodes=2 --ntasks-per-node=8 --gres=gpu:8 --kill-on-bad-exit=1 --label python -u train.py"
+        "srun --nodes=2 --ntasks-per-node=8 --gres=gpu:8 --cpus-per-task=12 --kill-on-bad-exit=1 --label python -u "
+        "train.py"
     )
     assert r"--tag a\ b" in wrapped
     assert "<--gres" not in shell("train.sh", GPUS="0").stdout

@@ -2,7 +2,8 @@
 
 Each image is augmented with random numbers of its own, derived from (seed, epoch, process, index, how often the epoch
 showed it before), and the order of an epoch from (seed, epoch). So neither the number of workers nor an interruption
-changes what a run sees. timm's streams are an exception: they have an order of their own.
+changes what a run sees. There are two exceptions: timm's streams have an order of their own, and its prefetcher (on
+GPUs, and with --aug-splits) erases parts of images in the main process, a batch ahead.
 """
 
 import os
