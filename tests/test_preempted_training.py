@@ -17,7 +17,7 @@ from mambavision.errors import PREEMPTED, UserError
 from mambavision.preemption import Preempted
 
 FULL = ["--epochs", "3", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "4", "--mesa", "0.5",
-        "--mesa-start-ratio", "0.1", "--drop-path", "0.3", "--workers", "2", "--log-interval", "1"]  # fmt: skip
+        "--mesa-start-ratio", "0.1", "--drop-path", "0.3", "--log-interval", "1"]  # fmt: skip
 STEPS = 2  # in an epoch of six batches
 
 
