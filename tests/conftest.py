@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():
 
 import mambavision
 from mambavision.checkpoint import read_checkpoint
+
+# Background jobs of scripts ignore Ctrl-C, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -39,7 +39,10 @@ def test_interrupted_training_says_how_to_go_on(digits, tmp_path):
     while "epoch 1 [3/6]" not in (line := program.stdout.readline()):
         assert line, program.stderr.read()
     os.killpg(program.pid, signal.SIGINT)
-    _, errors = program.communicate(timeout=60)
+    try:
+        _, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
     assert program.returncode == 130
     last_line = errors.splitlines()[-1]
     assert re.fullmatch(
