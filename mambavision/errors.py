@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 USAGE, BAD_DATA, IO_FAILURE, PREEMPTED = 2, 65, 74, 75  # exit statuses, all but the first as in sysexits.h
 
@@ -63,21 +63,22 @@ def run_cli(main: Callable[[], None]) -> None:
         _check_backend()
         main()
     except UserError as error:
-        _end("fail", f"error: {_sentence(error)}", error.exit_status)
+        _end(f"error: {_sentence(error)}", error.exit_status)
     except Interruption as interruption:
-        _end("stop", f"interrupted{interruption.advice}", interruption.exit_status)
+        _end(f"interrupted{interruption.advice}", interruption.exit_status, was_asked=True)
     except Exception:
         if _rank() is None:
             raise
-        _end("fail", traceback.format_exc().rstrip(), 1)
+        _end(traceback.format_exc().rstrip(), 1)
 
 
-def _end(how: Literal["fail", "stop"], text: str, status: int) -> NoReturn:
+def _end(text: str, status: int, was_asked: bool = False) -> NoReturn:
     rank = _rank()
     if rank is not None:
         from mambavision import failure
 
-        getattr(failure, how)(text, status, rank)
+        end = failure.stop if was_asked else failure.fail
+        end(text, status, rank)
     print(text, file=sys.stderr)
     raise SystemExit(status) from None
 

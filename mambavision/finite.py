@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mambavision.errors import BAD_DATA, UserError
+from mambavision.exchange import of_all
 from mambavision.launch import Process, any_process
 
 _SKIPPED_STEPS = 25  # in a row, before a run with a loss scale stops
@@ -81,13 +81,9 @@ class FiniteGuard:
             if what == "gradient" or not is_finite.item()
             for name in samples()
         ]
-        of_all = [own]
-        if self._process.is_distributed:
-            of_all = [None] * self._process.world_size
-            torch.distributed.all_gather_object(of_all, own)
         named = "; ".join(
             f"process {rank}: {', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''}"
-            for rank, names in enumerate(of_all)
+            for rank, names in enumerate(of_all(own, self._process))
             if names
         )
         return f"the {what} is not finite; stopped before the optimizer's step. Samples: {named}."

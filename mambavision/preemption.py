@@ -18,9 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
+
 from mambavision.checkpoint import replacing
 from mambavision.errors import PREEMPTED, Interruption, OutputError, UserError
-from mambavision.launch import Process, leave
+from mambavision.launch import Process, any_process, leave
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +41,10 @@ class Preempted(Interruption):
         super().__init__(signal.SIGTERM)
         self.exit_status = PREEMPTED
         self.advice = advice
+
+
+class AskedToLeaveError(Exception):
+    """Ends a validation on all processes: one of them was asked to leave."""
 
 
 class StopSignals:
@@ -68,6 +74,11 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         if os.getpid() == self._process:
             self._restore()
+
+    def raise_if_received(self, process: Process, device: torch.device) -> None:
+        """Raise an AskedToLeaveError if any process has received a signal; to be called on all together."""
+        if any_process([self.received], process, device)[0]:
+            raise AskedToLeaveError
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -9,6 +9,11 @@ import torch
 from torch.utils.data import get_worker_info
 
 
+def seed_of(*entropy: int) -> int:
+    """Return a seed of 32 bits that depends on some numbers from 0 on."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
 @contextlib.contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Draw from generators of Python, NumPy and PyTorch (of the CPU) that were seeded with some numbers.
@@ -19,7 +24,7 @@ def seeded(*entropy: int) -> Iterator[None]:
         *entropy: Numbers from 0 on, such as seed, epoch, process and sample.
     """
     with contextlib.nullcontext() if get_worker_info() else _preserved_random_state():
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        seed = seed_of(*entropy)
         random.seed(seed)
         np.random.seed(seed)
         torch.random.default_generator.manual_seed(seed)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from engine import run
-from engine.exchange import of_first
 from mambavision import resume
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError
+from mambavision.exchange import of_first
 from mambavision.launch import Process
 from mambavision.preemption import NEVER, finish, goes_on
 

@@ -17,25 +17,21 @@ from torch.utils.data import IterableDataset
 from engine import build, report, resuming, run, sharding
 from engine.data import check_same_classes, log_skipped
 from engine.evaluate import evaluate
-from engine.exchange import mean, of_all, of_first
 from engine.learner import Learner
 from engine.loaders import Share
 from engine.values import check_values
 from mambavision import resume
 from mambavision.checkpoint import check_writable, remove_temporaries, save_checkpoint
 from mambavision.errors import Interruption
+from mambavision.exchange import mean, of_all, of_first
 from mambavision.finite import FiniteGuard, NonFiniteError
-from mambavision.launch import Process, any_process, join, leave, pick_device, this_process
-from mambavision.preemption import Preempted, StopSignals, begin, finish, leave_preempted
+from mambavision.launch import Process, join, leave, pick_device, this_process
+from mambavision.preemption import AskedToLeaveError, Preempted, StopSignals, begin, finish, leave_preempted
 from mambavision.reporting import start_logging
 
 _logger = logging.getLogger(__name__)
 
 _NO_BATCH = {"loss_sum": 0.0, "images": 0}
-
-
-class _AskedToLeaveError(Exception):
-    """Ends a validation: the process is wanted back."""
 
 
 def train(args: argparse.Namespace) -> None:
@@ -224,7 +220,7 @@ class Trainer:
 
         try:
             scores = self._scores()
-        except _AskedToLeaveError:
+        except AskedToLeaveError:
             self._leave(epoch, len(self.batches.train))
         judged = scores.get("averaged", scores["raw"])
         lr = self.learner.lr
@@ -266,8 +262,8 @@ class Trainer:
             line.step(str)
         # Of a stream, processes may have more or fewer batches: they could not ask each other after each of them.
         can_ask = not self.process.is_distributed or not isinstance(self.datasets[1], IterableDataset)
-        if can_ask and any_process([self.signals.received], self.process, self.device)[0]:
-            raise _AskedToLeaveError
+        if can_ask:
+            self.signals.raise_if_received(self.process, self.device)
 
     def _train_epoch(self, epoch: int) -> tuple[float, float]:
         """Return the mean loss over the images of the epoch, and the images a second."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from mmengine import Config
@@ -17,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from mambavision.errors import UserError
 from mambavision.finite import FiniteGuard
-from mambavision.launch import any_process
 from mambavision.openmmlab.batches import Showings, exact_loader
 from mambavision.openmmlab.hooks import RECOVERY
 from mambavision.openmmlab.steps import GuardedSteps, collective_device, current_process
-from mambavision.preemption import StopSignals, leave_preempted
+from mambavision.preemption import AskedToLeaveError, StopSignals, leave_preempted
+from mambavision.seeding import seed_of
 
 _EXACT = {"EpochBasedTrainLoop": "ExactEpochLoop", "IterBasedTrainLoop": "ExactIterLoop"}
 _POSITION = "position"  # in mmengine's message hub, which is part of every checkpoint
@@ -49,10 +48,6 @@ def _name(kind: str | type | None) -> str:
     return (kind if isinstance(kind, str) else getattr(kind, "__name__", "")).rpartition(".")[-1]
 
 
-class _LeaveValidationError(Exception):
-    """All processes were asked to leave, and have agreed to."""
-
-
 class _WatchValidation(Hook):
     """Breaks a validation off if any process was asked to leave, unless gradients of half a step would be lost.
 
@@ -75,9 +70,7 @@ class _WatchValidation(Hook):
 
     def after_val_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         if batch_idx < self._common and runner.optim_wrapper.should_update():
-            (leaves,) = any_process([self._signals.received], current_process(), collective_device())
-            if leaves:
-                raise _LeaveValidationError
+            self._signals.raise_if_received(current_process(), collective_device())
 
 
 class _ExactLoop:
@@ -143,15 +136,14 @@ class _ExactLoop:
         self.runner.message_hub.update_info(_POSITION, dict(self._position))
 
     def _prepare_iteration(self, batch: Any) -> None:
-        entropy = np.random.SeedSequence((self.runner.seed, get_rank(), self._iter))
-        set_random_seed(int(entropy.generate_state(1)[0]))
+        set_random_seed(seed_of(self.runner.seed, get_rank(), self._iter))
         self._steps.batch = batch
 
     def _validate(self) -> None:
         self._keep_position(validates=False)
         try:
             self.runner.val_loop.run()
-        except _LeaveValidationError:
+        except AskedToLeaveError:
             for hook in self.runner.hooks:
                 if isinstance(hook, EMAHook):  # the averaged weights were to be validated
                     hook.after_val_epoch(self.runner)
