@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 SEGMENTATION_CONFIG ?= configs/mamba_vision/upernet_mamba_vision_digits.py
 
-.PHONY: help env demo demo-detection demo-segmentation test test-slurm soak bench bench-gpu lint format clean
+.PHONY: help env demo demo-detection demo-segmentation test test-long test-slurm soak bench bench-gpu lint format clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 19
@@ -28,6 +28,9 @@ demo-segmentation: $(READY)  ## Train, score and predict the pixels of digits on
 
 test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
+
+test-long: $(READY)  ## Run what takes too long for every change: sanitizers, fuzzing, rounds of kill -9
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(or $(TESTS),$(wildcard tests/long/*.py))
 
 test-slurm: $(READY)  ## Run the scripts of all tasks as jobs of a Slurm that is started here, and installed if it may be
 	sh tests/slurm/install.sh

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from mambavision.checkpoint import replacing
 from mambavision.errors import PREEMPTED, Interruption, OutputError, UserError
+from mambavision.files import replacing
 from mambavision.launch import Process, any_process, leave
 
 _logger = logging.getLogger(__name__)

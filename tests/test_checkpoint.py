@@ -23,8 +23,9 @@ from torch import nn
 
 import mambavision
 from conftest import SMALL
-from mambavision.checkpoint import check_writable, load_pretrained, read_checkpoint, replacing
+from mambavision.checkpoint import load_pretrained, read_checkpoint
 from mambavision.errors import CheckpointError, OutputError
+from mambavision.files import check_writable, replacing
 
 NAME = "mamba_vision_T"
 

@@ -11,7 +11,8 @@ import torch
 from crashes import count_points, killed_after, killed_at
 from engine import run
 from mambavision import resume
-from mambavision.checkpoint import read_checkpoint, remove_temporaries, save_checkpoint
+from mambavision.checkpoint import read_checkpoint, save_checkpoint
+from mambavision.files import remove_temporaries
 
 EPOCHS = range(1, 5)  # after epoch 0
 METRICS = [50.0, 60.0, 55.0, 70.0, 65.0]

@@ -19,8 +19,8 @@ from engine.contact_sheet import Tile, draw_contact_sheets
 from engine.data import decode_image
 from engine.execution import compiled, mixed_precision
 from engine.saved import Classifier, open_classifier
-from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError
+from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
 

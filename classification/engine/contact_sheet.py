@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mambavision.checkpoint import replacing
+from mambavision.files import replacing
 
 _COLUMNS, _ROWS = 10, 6
 _SIDE, _LINE, _MARGIN, _FRAME = 112, 16, 8, 3  # pixels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.build import set_image_size
 from engine.saved import Classifier
-from mambavision.checkpoint import replacing
+from mambavision.files import replacing
 
 
 def load_image(file: Path, classifier: Classifier, device: torch.device) -> Tensor:

@@ -28,8 +28,8 @@ from mambavision.analysis import (
     record_blocks,
     rollout,
 )
-from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import UserError
+from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
 

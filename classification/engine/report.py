@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from timm.utils.summary import trim_summary, update_summary
 
 from engine.run import SUMMARY
-from mambavision.checkpoint import replacing
 from mambavision.errors import UserError
+from mambavision.files import replacing
 from mambavision.reporting import console, line_format
 
 CURVES = "curves.png"

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from mambavision.checkpoint import replacing, save_checkpoint, sync_directory, unwritable
+from mambavision.checkpoint import save_checkpoint
 from mambavision.errors import UserError
+from mambavision.files import replacing, sync_directory, unwritable
 
 LAST, BEST, RECOVERY, SETTINGS, SUMMARY = (
     "last.pth.tar",

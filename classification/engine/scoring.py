@@ -22,9 +22,9 @@ from engine.evaluate import evaluate
 from engine.execution import compiled, mixed_precision
 from engine.loaders import Share, eval_loader
 from engine.saved import Classifier, open_classifier
-from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import DataError, UserError
 from mambavision.factory import expand_model_name
+from mambavision.files import check_writable, replacing
 from mambavision.launch import Process, join, leave, pick_device, this_process
 from mambavision.reporting import start_logging
 

@@ -14,8 +14,8 @@ from engine.classify import evenly_spread, find_images
 from engine.figures import fit_image_size, load_image, save_arrays, save_figure
 from engine.saved import Classifier, open_classifier
 from mambavision.analysis import ReceptiveField, check_stage, display_scale, receptive_field, smallest_square
-from mambavision.checkpoint import check_writable, replacing
 from mambavision.errors import UserError
+from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from engine.build import create_any, input_size, set_image_size
 from engine.execution import amp_dtype_name, compile_options, compiled, mixed_precision
-from mambavision.checkpoint import check_writable, replacing
 from mambavision.complexity import Complexity, complexity
+from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
 
 _logger = logging.getLogger(__name__)

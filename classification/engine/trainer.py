@@ -21,9 +21,10 @@ from engine.learner import Learner
 from engine.loaders import Share
 from engine.values import check_values
 from mambavision import resume
-from mambavision.checkpoint import check_writable, remove_temporaries, save_checkpoint
+from mambavision.checkpoint import save_checkpoint
 from mambavision.errors import Interruption
 from mambavision.exchange import mean, of_all, of_first
+from mambavision.files import check_writable, remove_temporaries
 from mambavision.finite import FiniteGuard, NonFiniteError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 from mambavision.preemption import AskedToLeaveError, Preempted, StopSignals, begin, finish, leave_preempted

@@ -13,7 +13,8 @@ from mmengine.fileio.io import backend_instances
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from mambavision.checkpoint import read_checkpoint, replacing
+from mambavision.checkpoint import read_checkpoint
+from mambavision.files import replacing
 
 
 def _statistic(owner: Any, name: str) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mambavision.checkpoint import replacing
 from mambavision.errors import OutputError, UserError
+from mambavision.files import replacing
 from mambavision.openmmlab.inputs import Frame, Source
 
 

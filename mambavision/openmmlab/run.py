@@ -13,8 +13,9 @@ from mmengine import Config
 from mmengine.dist import is_main_process
 from mmengine.runner import CheckpointLoader, Runner
 
-from mambavision.checkpoint import check_writable, read_checkpoint, remove_temporaries
+from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, Interruption, UserError
+from mambavision.files import check_writable, remove_temporaries
 from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
 from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
 from mambavision.openmmlab.hooks import RECOVERY

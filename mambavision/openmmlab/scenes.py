@@ -17,8 +17,8 @@ from typing import Any, Literal
 import mmcv
 import numpy as np
 
-from mambavision.checkpoint import replacing
 from mambavision.errors import OutputError
+from mambavision.files import replacing
 
 Layout = Literal["coco", "ade20k"]
 CLASSES = tuple("0123456789")

@@ -63,7 +63,8 @@ def predict(args: argparse.Namespace) -> None:
     """Detect objects in all inputs and write what was found to --out."""
     import logging
 
-    from mambavision.checkpoint import check_writable, read_checkpoint, replacing
+    from mambavision.checkpoint import read_checkpoint
+    from mambavision.files import check_writable, replacing
     from mambavision.launch import pick_device, this_process
     from mambavision.openmmlab.config import load_config
     from mambavision.openmmlab.inputs import find_sources, in_batches, read_frames

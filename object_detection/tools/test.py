@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mmengine import Config
 
-from mambavision.checkpoint import check_writable
 from mambavision.errors import UserError, nearest, run_cli
+from mambavision.files import check_writable
 from mambavision.openmmlab.coco import check_datasets
 from mambavision.openmmlab.config import pipeline_owner, settings_in
 from mambavision.openmmlab.run import options_of_test, test

@@ -52,7 +52,8 @@ def predict(args: argparse.Namespace) -> None:
 
     from overlay import Overlay
 
-    from mambavision.checkpoint import check_writable, read_checkpoint
+    from mambavision.checkpoint import read_checkpoint
+    from mambavision.files import check_writable
     from mambavision.launch import pick_device, this_process
     from mambavision.openmmlab.config import load_config
     from mambavision.openmmlab.inputs import find_sources, read_frames
