@@ -1,33 +1,28 @@
 """Reading every layout of weights that the originals wrote, safely, and writing checkpoints.
 
-Pickles are read by torch's restricted unpickler only. The few harmless classes found in released and training
-checkpoints are admitted by name; anything else is refused unless the caller says that the file is trusted.
+Pickles are read by `mambavision.unpickling`, which runs nothing that they name. Only if a caller says that a file is
+trusted, it is read by torch's own unpickler without restriction.
 """
 
-import argparse
 import io
 import logging
 import os
-import pathlib
-import pickle
 import re
-import struct
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from mambavision import unpickling
 from mambavision.errors import CheckpointError
 from mambavision.files import replacing
+from mambavision.unpickling import RefusedError
 
 _logger = logging.getLogger(__name__)
 
@@ -38,48 +33,6 @@ EMA_KEYS = ("state_dict_ema", "model_ema")
 # In front of the model's own keys: DistributedDataParallel, torch.compile, the hub's classification class, an encoder
 # with its decoder, an OpenMMLab detector or segmentor.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
-
-# What the readers raise for files that are cut short or altered.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    AttributeError,
-    pickle.UnpicklingError,
-    safetensors.SafetensorError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-
-_SAFE_CLASSES = [
-    argparse.Namespace,
-    pathlib.Path,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    pathlib.WindowsPath,
-    pathlib.PureWindowsPath,
-    np.dtype,
-    np.ndarray,
-    *(type(np.dtype(name)) for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "uint32", "float16")),
-    *(type(np.dtype(name)) for name in ("float32", "float64")),
-]
-
-
-def _safe_globals() -> list:
-    scalar = np._core.multiarray.scalar
-    reconstruct = np._core.multiarray._reconstruct
-    return [
-        *_SAFE_CLASSES,
-        # numpy pickles name these functions by the module path of the numpy that wrote them
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        # settings of VMamba's training program: dictionaries, which read the same without the package yacs
-        (OrderedDict, "yacs.config.CfgNode"),
-    ]
 
 
 def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, Any]:
@@ -101,34 +54,41 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
         raise CheckpointError(f"{path}: is a folder; give a file in it.")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pth.tar, .pth or .safetensors).")
-    with path.open("rb") as file:
-        head = file.read(512)
-    _refuse_other_content(path, head)
     try:
-        _verify_checksums(path)
-        if _is_safetensors(head):
-            return safetensors.torch.load_file(path, device="cpu")
-        content = _unpickle(path, trust)
-    except _DAMAGE as error:
-        if refused := _refused_names(error):
-            is_dense = refused.startswith("mmengine.")
-            kind = "is of a detector or segmentor, for tools/test.py of its task; here it is " if is_dense else ""
-            raise CheckpointError(
-                f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({refused}); "
-                "if you trust its author, read it with trust=True (in classification: --trust-checkpoint)."
-            ) from error
+        with path.open("rb") as file:
+            head = file.read(512)
+        _refuse_other_content(path, head)
+        content = _content(path, head, trust)
+    except CheckpointError:
+        raise
+    except RefusedError as error:
+        is_dense = str(error).startswith("mmengine.")
+        kind = "is of a detector or segmentor, for tools/test.py of its task; here it is " if is_dense else ""
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "
-            "download or copy it again."
+            f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({error}); "
+            "if you trust its author, read it with trust=True (in classification: --trust-checkpoint)."
         ) from error
     except ImportError as error:
         raise CheckpointError(
             f"{path}: holds objects of {error.name}, which is not installed; without trust=True (--trust-checkpoint), "
             "weights and plain settings are read without it."
         ) from error
+    except Exception as error:  # whatever a reader comes to in a damaged file
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "
+            "download or copy it again."
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights.")
     return dict(content)
+
+
+def _content(path: Path, head: bytes, trust: bool) -> Any:
+    if _is_safetensors(head):
+        return safetensors.torch.load_file(path, device="cpu")
+    if trust:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    return unpickling.load(path)
 
 
 def _refuse_other_content(path: Path, head: bytes) -> None:
@@ -139,37 +99,17 @@ def _refuse_other_content(path: Path, head: bytes) -> None:
         raise CheckpointError(f"{path}: is a web page, not a checkpoint; the download link probably needs a login.")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`.")
-    # A zip archive or a pickle by torch.save, a tar archive by its first versions, or safetensors.
-    if not (head.startswith((b"PK", b"\x80")) or head[257:262] == b"ustar" or _is_safetensors(head)):
+    if head[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{path}: is a tar archive, as the first versions of PyTorch wrote; load it in PyTorch and save it again."
+        )
+    # A zip archive or a pickle by torch.save, or safetensors.
+    if not (head.startswith((b"PK", b"\x80")) or _is_safetensors(head)):
         raise CheckpointError(f"{path}: is not a checkpoint; give a file of weights (.pth.tar, .pth or .safetensors).")
 
 
 def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"  # eight bytes of length, then JSON
-
-
-def _verify_checksums(path: Path) -> None:
-    """torch.load takes flipped bits for weights; the zip archive that torch.save writes knows better."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} does not match its checksum")
-
-
-def _unpickle(path: Path, trust: bool) -> Any:
-    if trust:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    with torch.serialization.safe_globals(_safe_globals()):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _refused_names(error: Exception) -> str:
-    """Return the classes and functions that the restricted unpickler refused; empty if something else is wrong."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return ""
-    names = re.findall(r"GLOBAL (\S+)|class '(\S+)'", str(error))
-    return ", ".join(dict.fromkeys("".join(groups) for groups in names))
 
 
 def _first_sentence(error: Exception) -> str:
@@ -199,6 +139,9 @@ def extract_state_dict(
     state_dict = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not state_dict:
         raise CheckpointError(f"{source}: has no weights inside; its entries are {_some(checkpoint)}.")
+    nameless = next((key for key in state_dict if not isinstance(key, str)), None)
+    if nameless is not None:
+        raise CheckpointError(f"{source}: has weights without names ({nameless!r}), so it is of no model.")
     return state_dict
 
 
@@ -346,8 +289,46 @@ def _load(
         raise CheckpointError(f"{source}: {_why_not(report, own, state_dict, head)}")
     if not fitting:
         raise CheckpointError(f"{source}: none of its {len(state_dict)} entries fits the model.")
+    check_values(model, fitting, source)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def check_values(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Raise a CheckpointError for entries that a model's own of the same names cannot take, or whose numbers are none.
+
+    Args:
+        model: The model.
+        state_dict: Entries that fit it in name and shape.
+        source: Names the checkpoint in messages.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    broken = []
+    for key, own in model.state_dict().items():
+        if key not in state_dict:
+            continue
+        value = state_dict[key]
+        if own.is_meta:
+            raise CheckpointError(f"{source}: cannot be loaded into a model on the meta device; create it on another.")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "is on the meta device" if value.is_meta else "is sparse or quantized"
+            raise CheckpointError(f"{source}: {key} {kind}, and the model needs its plain values; save those.")
+        if value.is_complex() != own.is_complex() or value.is_floating_point() != own.is_floating_point():
+            raise CheckpointError(f"{source}: {key} holds {value.dtype} numbers, and the model {own.dtype} ones.")
+        # A mask among the buffers may be infinite.
+        if value.is_floating_point() and not _is_sound(value, may_be_infinite=key not in parameters):
+            broken.append(key)
+    if broken:
+        raise CheckpointError(
+            f"{source}: {len(broken)} of its weights are not finite ({_some(broken)}), so its outputs mean nothing; "
+            "take a checkpoint from before that."
+        )
+
+
+def _is_sound(value: Tensor, may_be_infinite: bool) -> bool:
+    # 8-bit floats have no such test of their own.
+    value = value.float() if value.itemsize == 1 else value
+    return not bool((value.isnan() if may_be_infinite else ~value.isfinite()).any())
 
 
 def _head_keys(model: nn.Module) -> set[str]:

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from mambavision.text import escaped
+
 USAGE, BAD_DATA, IO_FAILURE, PREEMPTED = 2, 65, 74, 75  # exit statuses, all but the first as in sysexits.h
 
 
@@ -63,9 +65,9 @@ def run_cli(main: Callable[[], None]) -> None:
         _check_backend()
         main()
     except UserError as error:
-        _end(f"error: {_sentence(error)}", error.exit_status)
+        _end(f"error: {escaped(_sentence(error))}", error.exit_status)
     except Interruption as interruption:
-        _end(f"interrupted{interruption.advice}", interruption.exit_status, was_asked=True)
+        _end(f"interrupted{escaped(interruption.advice)}", interruption.exit_status, was_asked=True)
     except Exception:
         if _rank() is None:
             raise

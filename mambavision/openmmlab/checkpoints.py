@@ -3,37 +3,50 @@
 mmengine 0.10 loads none of its own training checkpoints with torch 2.6 or newer, and writes files in place.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.fileio.io import backend_instances
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mambavision.checkpoint import read_checkpoint
 from mambavision.files import replacing
 
 
-def _statistic(owner: Any, name: str) -> Any:
-    """What ``getattr`` stands for in a checkpoint: pickled logs name the statistics of a HistoryBuffer by it."""
-    if owner is not HistoryBuffer or name not in _STATISTICS:
-        raise pickle.UnpicklingError(f"GLOBAL getattr is refused for {name!r}")
-    return _STATISTICS[name]
-
-
-_STATISTICS = {name: getattr(HistoryBuffer, name) for name in ("min", "max", "current", "mean")}
-
-# All that mmengine adds to weights and plain settings: the logged values.
-torch.serialization.add_safe_globals([HistoryBuffer, (_statistic, "builtins.getattr")])
-
-
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read a local file (torch.save or safetensors) onto the CPU, from where the model takes it to its device."""
-    return read_checkpoint(filename)
+    checkpoint = read_checkpoint(filename)
+    hub = checkpoint.get("message_hub")
+    if isinstance(hub, dict) and isinstance(hub.get("log_scalars"), dict):
+        logs = {name: _history(values) for name, values in hub["log_scalars"].items()}
+        checkpoint["message_hub"] = {**hub, "log_scalars": logs}
+    return checkpoint
+
+
+def _history(values: Any) -> Any:
+    """Return the HistoryBuffer of which `mambavision.unpickling` has read the values."""
+    if not isinstance(values, dict) or values.keys() != {"log_history", "count_history", "max_length"}:
+        return values  # mmengine says that it does not resume it
+    return HistoryBuffer(values["log_history"].numpy(), values["count_history"].numpy(), values["max_length"])
+
+
+def load_url(url: str, model_dir: str | None = None, map_location: Any = None, **options: Any) -> dict[str, Any]:
+    """Download a checkpoint into the cache of torch.hub, once, and read it like a local file."""
+    folder = Path(model_dir or Path(torch.hub.get_dir(), "checkpoints"))
+    path = folder / Path(urlparse(url).path).name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+    return load_from_local(str(path))
+
+
+mmengine_checkpoint.load_url = load_url  # its own unpickles what it has downloaded without restriction
 
 
 class AtomicLocalBackend(LocalBackend):

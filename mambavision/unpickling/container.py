@@ -1,0 +1,199 @@
+"""The files that torch.save writes: a zip archive of pickle and tensor data, or, before PyTorch 1.6, all in a row.
+
+Nothing is allocated for what a file only declares: sizes are compared with the file's own first.
+"""
+
+import io
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambavision.unpickling.admitted import Admitted, RefusedError
+from mambavision.unpickling.program import as_plain, follow
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # see torch.serialization
+_LEGACY_PROTOCOL = 1001
+_SHARED_DATA = 16  # how often tensors may share the data of a file, on average
+
+
+def load(path: Path) -> Any:
+    """Return the content of a file of torch.save in plain types, its tensors on the CPU.
+
+    Raises:
+        RefusedError: The file names something that is not admitted.
+        Exception: Anything else that reading a damaged file may come to.
+    """
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    return _from_archive(path) if is_archive else _from_row(path)
+
+
+class _Data:
+    """Elements of one dtype in a row: the storage of tensors.
+
+    Args:
+        elements: (count,) tensor of them.
+        budget: Bytes that tensors of the file may still have together, in a list of one.
+    """
+
+    def __init__(self, elements: Tensor, budget: list[int]) -> None:
+        self.elements, self._budget = elements, budget
+
+    def tensor(self, dtype: torch.dtype | None, offset: int, size: list[int], stride: list[int]) -> Tensor:
+        """Return a tensor of some elements, by default of the storage's dtype. See `admitted.Storage`."""
+        elements = self.elements if dtype is None else self.elements.view(dtype)
+        if len(size) != len(stride):
+            raise ValueError("a tensor has another number of strides than of dimensions")
+        count = 1
+        for length in size:
+            count *= length
+        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        if count and last >= len(elements):
+            raise ValueError("a tensor reaches beyond its data")
+        self._budget[0] -= count * elements.itemsize
+        if count > max(1, len(elements)) or self._budget[0] < 0:
+            raise ValueError("tensors declare more elements than the file has")
+        return elements.as_strided(size, stride, offset if count else 0)
+
+
+def _identity(identity: tuple, others: int) -> tuple[str, torch.dtype, int]:
+    """Return key, dtype and number of elements from what stands for tensor data in the pickle."""
+    kind, storage, key, _location, count, *rest = identity
+    has_dtype = isinstance(storage, Admitted) and storage.storage_dtype is not None
+    if kind != "storage" or not has_dtype or type(key) is not str or type(count) is not int or count < 0:
+        raise ValueError("the identity of tensor data is none")
+    if rest != [None] * others:
+        raise ValueError("tensor data is a part of other data, as only the first versions of PyTorch wrote it")
+    return key, storage.storage_dtype, count
+
+
+# Zip archives
+
+
+def _from_archive(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        _check_sizes(archive, path.stat().st_size)
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(names) != 1:
+            raise ValueError("the archive holds no checkpoint")
+        folder = names[0].removesuffix("data.pkl")
+        if f"{folder}constants.pkl" in archive.namelist():
+            raise RefusedError("a TorchScript program")
+        program = io.BytesIO(_record(archive, names[0]))
+        return as_plain(follow(program, _ArchiveData(archive, folder, path.stat().st_size).storage))
+
+
+def _check_sizes(archive: zipfile.ZipFile, file_size: int) -> None:
+    """Raise a ValueError if the parts of an archive declare more bytes than there are."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+        raise ValueError("the archive is compressed, as torch.save never does")
+    if sum(entry.file_size for entry in entries) > file_size:
+        raise ValueError("its parts declare more bytes than the file has")
+
+
+def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
+    """Return a part of an archive, verified by its checksum."""
+    data = bytearray(archive.getinfo(name).file_size)
+    try:
+        with archive.open(name) as part, memoryview(data) as view:
+            done = 0
+            while done < len(data) and (read := part.readinto(view[done:])):
+                done += read
+            if done < len(data) or part.read(1):
+                raise ValueError(f"{name} has another size than it declares")
+    except zipfile.BadZipFile as error:
+        if "CRC" in str(error):
+            raise ValueError(f"{name} does not match its checksum") from error
+        raise
+    return data
+
+
+class _ArchiveData:
+    """The tensor data of an archive, each read once."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str, file_size: int) -> None:
+        self._archive, self._folder = archive, folder
+        self._read: dict[str, _Data] = {}
+        self._budget = [_SHARED_DATA * file_size]
+        order = f"{folder}byteorder"
+        is_known = order in archive.namelist()  # since PyTorch 2.1
+        self._is_swapped = is_known and bytes(_record(archive, order)).decode() != sys.byteorder
+
+    def storage(self, identity: tuple) -> _Data:
+        key, dtype, count = _identity(identity, others=0)
+        if key not in self._read:
+            name = f"{self._folder}data/{key}"
+            size = self._archive.getinfo(name).file_size
+            if size != count * dtype.itemsize:
+                raise ValueError(f"{name} has {size} bytes, and tensors of it declare {count * dtype.itemsize}")
+            elements = _elements(_record(self._archive, name), dtype)
+            if self._is_swapped:
+                elements.untyped_storage().byteswap(dtype)
+            self._read[key] = _Data(elements, self._budget)
+        data = self._read[key]
+        if (data.elements.dtype, len(data.elements)) != (dtype, count):
+            raise ValueError("tensors declare the same data differently")
+        return data
+
+
+def _elements(data: bytearray, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+# All in a row
+
+
+def _from_row(path: Path) -> Any:
+    content = path.read_bytes()
+    file = io.BytesIO(content)
+    magic, protocol, system = (as_plain(follow(file, _no_data)) for _ in range(3))
+    if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
+        raise ValueError("it was not written by torch.save")
+    if system.get("little_endian") is not (sys.byteorder == "little"):
+        raise ValueError("it was written on a machine of the other byte order")
+    data = _RowData(len(content))
+    described = follow(file, data.storage)
+    data.fill(as_plain(follow(file, _no_data)), file)
+    return as_plain(described)
+
+
+def _no_data(identity: tuple) -> _Data:
+    raise ValueError("tensor data is named where there is none")
+
+
+class _RowData:
+    """Tensor data that follows the pickle that names it."""
+
+    def __init__(self, file_size: int) -> None:
+        self._found: dict[str, _Data] = {}
+        self._budget = [_SHARED_DATA * file_size]
+        self._bytes_left = file_size
+
+    def storage(self, identity: tuple) -> _Data:
+        key, dtype, count = _identity(identity, others=1)
+        if key not in self._found:
+            self._bytes_left -= count * dtype.itemsize
+            if self._bytes_left < 0:
+                raise ValueError("its tensors declare more bytes than the file has")
+            self._found[key] = _Data(torch.empty(count, dtype=dtype), self._budget)
+        data = self._found[key]
+        if (data.elements.dtype, len(data.elements)) != (dtype, count):
+            raise ValueError("tensors declare the same data differently")
+        return data
+
+    def fill(self, keys: Any, file: io.BytesIO) -> None:
+        """Read the data, which come in the order of `keys`, each after its number of elements."""
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self._found):
+            raise ValueError("its tensor data are others than its tensors name")
+        for key in keys:
+            elements = self._found[key].elements
+            count = int.from_bytes(file.read(8), "little", signed=True)
+            part = bytearray(file.read(elements.nbytes))
+            if count != len(elements) or len(part) != elements.nbytes:
+                raise EOFError("tensor data are cut short")
+            elements.copy_(_elements(part, elements.dtype))
