@@ -60,10 +60,13 @@ def run_cli(main: Callable[[], None]) -> None:
     Of several processes the one that fails first says why, in the last words of the program: the others, which fail
     because it is gone or because they were all asked for the same, keep silent and take over its exit status.
     """
+    from mambavision.output import lasting_output
+
     _raise_interruptions()
     try:
-        _check_backend()
-        main()
+        with lasting_output():
+            _check_backend()
+            main()
     except UserError as error:
         _end(f"error: {escaped(_sentence(error))}", error.exit_status)
     except Interruption as interruption:

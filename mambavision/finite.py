@@ -16,7 +16,7 @@ _NAMED = 8  # samples, of each process
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient is infinite or not a number."""
+    """A loss, a gradient or an output is infinite or not a number."""
 
     exit_status = BAD_DATA
 

@@ -6,6 +6,8 @@ import sys
 from rich.console import Console
 from rich.logging import RichHandler
 
+from mambavision.text import escaped
+
 console = Console()
 
 
@@ -13,7 +15,7 @@ def start_logging(is_first: bool = True) -> None:
     """Show log lines: coloured above the progress bar on a terminal, plain otherwise; only warnings of other ranks."""
     if sys.stdout.isatty():
         handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_OneLine("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(line_format())
@@ -25,4 +27,21 @@ def start_logging(is_first: bool = True) -> None:
 
 def line_format() -> logging.Formatter:
     """Return how a log line looks in a file."""
-    return logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    return _OneLine("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class _OneLine(logging.Formatter):
+    """Shows names of files and classes in a message as they are, whatever characters are in them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
+
+
+class EscapeOwnMessages(logging.Filter):
+    """The same for a handler of another package, whose own messages may have several lines."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("mambavision"):
+            record.msg, record.args = escaped(record.getMessage()), None
+        return True

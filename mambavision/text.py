@@ -1,7 +1,10 @@
 """Text from files and users, made safe to show and to write."""
 
+import json
+import math
 import re
 import unicodedata
+from typing import Any
 
 # Characters that change how the text around them reads: bidirectional controls.
 _REORDERING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
@@ -38,3 +41,16 @@ def csv_cell(value: object) -> object:
         return value
     text = escaped(value)
     return f"'{text}" if _FORMULA.match(text.lstrip()) else text
+
+
+def as_json(value: Any, indent: int | None = 2) -> str:
+    """Return a value of plain types as JSON, which has no numbers that are not finite: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,6 +32,17 @@ from mambavision.factory import check_model_name
 
 _logger = logging.getLogger(__name__)
 
+# What models raise for arguments of impossible types and values, which few of them check.
+_IMPOSSIBLE_ARGUMENTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
@@ -149,14 +160,18 @@ def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Mod
     """Create a model; arguments that it does not take are a UserError."""
     try:
         return create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: {_why_not_created(name, str(error))}") from error
+    except _IMPOSSIBLE_ARGUMENTS as error:
+        raise UserError(f"{name}: {_why_not_created(name, error)}") from error
 
 
-def _why_not_created(name: str, message: str) -> str:
+def _why_not_created(name: str, error: Exception) -> str:
+    message = str(error)
     unknown = _UNKNOWN_ARGUMENT.search(message)
     if not unknown:
-        return f"{message}."
+        if isinstance(error, TypeError | ValueError):  # usually raised by a check, for users
+            return f"{message}."
+        reason = (message.strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        return f"cannot be created with these arguments ({reason})."
     model_class = vars(sys.modules[model_entrypoint(name).__module__]).get(unknown[1])
     known = signature(model_class).parameters if model_class else ()
     return f"got an unexpected keyword argument {unknown[2]!r}.{nearest(unknown[2], known)}"

@@ -1,8 +1,6 @@
 """predict.py's work: the most probable classes of images, as text, JSON and contact sheets."""
 
 import argparse
-import glob
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers import get_img_extensions
-from timm.utils import natural_key
 
 from engine import report
 from engine.contact_sheet import Tile, draw_contact_sheets
@@ -21,8 +18,11 @@ from engine.execution import compiled, mixed_precision
 from engine.saved import Classifier, open_classifier
 from mambavision.errors import DataError
 from mambavision.files import check_writable, replacing
+from mambavision.finite import NonFiniteError
+from mambavision.inputs import find_files
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
+from mambavision.text import as_json, escaped
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def predict(args: argparse.Namespace) -> None:
     device = pick_device(args.device, this_process())
     out = Path(args.out)
     check_writable(out / "predictions.txt")
-    files = find_images(args.inputs)
+    files = find_images(args.inputs, out, results="contact_sheet*.png")
     classifier = open_classifier(args, args.model, args.checkpoint, device, exif_default=True)
     names = _class_names(args.class_names, classifier)
     forward = compiled(args, classifier.model)
@@ -54,6 +54,8 @@ def predict(args: argparse.Namespace) -> None:
         for batch_files, images in _batches(files, classifier, args.batch_size, skipped, line):
             probabilities = _probabilities(args, forward, images, device)
             for file, row in zip(batch_files, probabilities, strict=True):
+                if not row.isfinite().all():
+                    raise NonFiniteError(f"{file}: the model's outputs are not finite; try it without --amp.")
                 predictions[file] = _best(row, names, args.topk)
     if not predictions:
         raise DataError(f"none of the {len(files)} images could be decoded.")
@@ -62,23 +64,9 @@ def predict(args: argparse.Namespace) -> None:
         _logger.warning("%d of %d images could not be decoded and were left out: %s", len(corrupt), len(files), corrupt)
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Return the image files that paths, folders and patterns name, each once, in natural order within each input.
-
-    Raises:
-        DataError: An input names no image.
-    """
-    extensions = get_img_extensions(as_set=True)
-    files: dict[Path, None] = {}
-    for given in inputs:
-        paths = [Path(given)] if Path(given).exists() else [Path(path) for path in glob.glob(given, recursive=True)]
-        found = [path for path in paths if path.is_file()]
-        for folder in (path for path in paths if path.is_dir()):
-            found += [path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file()]
-        if not found:
-            raise DataError(f"{given}: no image there; give image files, folders of images, or a quoted pattern.")
-        files.update(dict.fromkeys(sorted(found, key=lambda path: natural_key(str(path)))))
-    return list(files)
+def find_images(inputs: Sequence[str], out: Path, results: str) -> list[Path]:
+    """Return the image files that paths, folders and patterns name; see `mambavision.inputs.find_files`."""
+    return list(find_files(inputs, get_img_extensions(as_set=True), out, results))
 
 
 def _batches(
@@ -136,7 +124,7 @@ def _class_names(path: str | None, classifier: Classifier) -> list[str]:
     if path is not None:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file; give a text file with a class name on each line.")
-        names = Path(path).read_text().splitlines()
+        names = _read_lines(path)
         if len(names) != count:
             raise DataError(f"{path}: has {len(names)} names, the model {count} classes.")
         return names
@@ -150,11 +138,19 @@ def _class_names(path: str | None, classifier: Classifier) -> list[str]:
     return unnamed
 
 
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text in UTF-8 ({error}).") from error
+
+
 def _write(
     out: Path, predictions: dict[Path, list[Candidate]], sheet_limit: int, names: list[str], classifier: Classifier
 ) -> None:
     text = "".join(
-        f"{file}\n" + "".join(f"    {100 * each.probability:6.2f} %  {each.name}\n" for each in best)
+        f"{escaped(str(file))}\n"
+        + "".join(f"    {100 * each.probability:6.2f} %  {escaped(each.name)}\n" for each in best)
         for file, best in predictions.items()
     )
     rows: list[dict[str, Any]] = [
@@ -163,7 +159,7 @@ def _write(
     with replacing(out / "predictions.txt") as file:
         file.write(text.encode())
     with replacing(out / "predictions.json") as file:
-        file.write(json.dumps(rows, indent=2).encode())
+        file.write(as_json(rows).encode())
     chosen = evenly_spread(list(predictions), sheet_limit)
     tiles = [_tile(file, predictions[file][0], names, classifier.exif_transpose) for file in chosen]
     sheets = draw_contact_sheets(tiles, out)

@@ -26,6 +26,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the loss (cross entropy) and the top-1 and top-5 accuracy in percent; every image counts once.
 
+    The loss is not a number if any logit is not finite.
+
     Args:
         model: Maps (batch, channels, H, W) to logits; put in evaluation mode if it is a module.
         loader: Batches; images with the target `SKIPPED` are left out.
@@ -49,6 +51,8 @@ def evaluate(
         seen += len(images)
         if classes is not None:
             logits = logits[:, classes]
+        # Whether the largest of them is right means nothing; so the loss is not a number either.
+        logits = logits.where(logits.isfinite().all(dim=1, keepdim=True), torch.nan)
         if real_labels is not None:
             real_labels.add_result(logits)
         counted = targets != SKIPPED

@@ -84,7 +84,7 @@ class Learner:
             self.optimizer.load_state_dict(sharding.sharded_optimizer_state(checkpoint["optimizer"], self.optimizer))
             groups = self.optimizer.param_groups
             fits = opt == self.args.opt and all(self.optimizer.defaults.keys() <= group.keys() for group in groups)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):  # torch checks next to nothing
             fits = False
         if not fits:
             raise CheckpointError(

@@ -1,7 +1,6 @@
 """activation_map.py's work: what positions of images take from which others, drawn over the map of a block."""
 
 import argparse
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from mambavision.errors import UserError
 from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
+from mambavision.text import as_json, escaped
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def draw_activation_maps(args: argparse.Namespace) -> None:
         raise UserError("--rollout is for maps without negative values: add _norm or _absnorm to the names in --maps.")
     out = Path(args.out)
     check_writable(out / "activation_maps.json")
-    files = find_images(args.inputs)
+    files = find_images(args.inputs, out, results="*_x*_y*.png")
     classifier = open_classifier(args, args.model, args.checkpoint, device, exif_default=True)
     fit_image_size(classifier)
     first = 0 if args.rollout else args.block
@@ -77,13 +77,14 @@ def draw_activation_maps(args: argparse.Namespace) -> None:
             maps = _maps(classifier.model, image, names, kinds, args.rollout)
             for point in args.points:
                 stem = f"{number:03d}_{file.stem}_x{point[0]:g}_y{point[1]:g}"
-                title = f"What the marked cell of {file.name} takes from the others\n{classifier.name}, {names[-1]}"
+                shown = escaped(file.name).replace("$", r"\$")  # which begins mathematics
+                title = f"What the marked cell of {shown} takes from the others\n{classifier.name}, {names[-1]}"
                 title += f"\nrollout from {names[0]} on" if args.rollout else ""
                 rows.append(_draw(out / stem, title, as_picture(image, classifier), maps, point))
                 rows[-1] |= {"image": str(file), "model": classifier.name, "blocks": names}
             line.step(str)
     with replacing(out / "activation_maps.json") as file:
-        file.write(json.dumps(rows, indent=2).encode())
+        file.write(as_json(rows).encode())
     _logger.info("wrote %d pictures to %s, and what is on them to activation_maps.json", len(rows), out)
 
 

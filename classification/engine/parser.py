@@ -40,6 +40,10 @@ _ALIASES = {
 }
 
 
+# Trust is the user's to give, not that of a recipe from elsewhere.
+_COMMAND_LINE_ONLY = ("--trust-checkpoint", "--no-trust-checkpoint")
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser that accepts ``_`` for ``-``, explains refused flags and names the nearest for unknown ones."""
 
@@ -87,7 +91,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """End with one sentence and status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        # `mambavision.text` would take seconds to import.
+        shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+        self.exit(2, f"error: {shown} (see {self.prog} --help)\n")
 
     def recipe_words(self, path: str) -> list[str]:
         """Return the command-line words that stand for a YAML recipe."""
@@ -97,6 +103,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{path}: cannot be read as a YAML recipe ({' '.join(str(error).split())})")
         if not isinstance(recipe, dict):
             self.error(f"{path}: a recipe is a list of `flag: value` lines")
+        for key in recipe:
+            if hyphenated(f"--{key}") in _COMMAND_LINE_ONLY:
+                self.error(f"{path}: {key} is accepted on the command line only, as it lets a checkpoint run any code")
         return [word for key, value in recipe.items() for word in self._words(path, str(key), value)]
 
     def _words(self, path: str, key: str, value: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine import run
+from engine import metadata, run
 from mambavision import resume
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError
@@ -88,8 +88,9 @@ def find(args: argparse.Namespace, process: Process, device: torch.device) -> Re
     if path is None:
         return None
     checkpoint = found[1] if found else read_checkpoint(path)
-    if not isinstance(checkpoint.get("epoch"), int):
+    if checkpoint.get("epoch") is None:
         raise CheckpointError(f"{path}: does not say its epoch; start from its weights with --initial-checkpoint.")
+    metadata.check_training(checkpoint, str(path))
     if is_unasked:  # what the options say of resuming was meant for the first start
         _logger.info("resuming %s: its run was preempted (--resume never starts anew)", path)
         return Resumed(path, checkpoint)

@@ -68,7 +68,8 @@ def folder_of(checkpoint: Path) -> Path | None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that make a run what it is, in YAML's types."""
-    passing = ("config", "local_rank", "resume")  # where options came from, and how the run was started
+    # Where options came from, how the run was started, and what only a command line may say.
+    passing = ("config", "local_rank", "resume", "trust_checkpoint")
     return _plain({key: value for key, value in vars(args).items() if key not in passing})
 
 

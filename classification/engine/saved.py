@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from engine import metadata
 from engine.build import create_any, data_config, input_size
 from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
 from mambavision.checkpoint import EMA_KEYS, load_weights, read_checkpoint
@@ -63,6 +64,7 @@ def open_classifier(
     if not (name or checkpoint):
         raise UserError("no model: give --checkpoint, or --model for released weights.")
     saved = read_checkpoint(checkpoint, args.trust_checkpoint) if checkpoint else {}
+    metadata.check_model(saved, checkpoint)
     name = name or saved.get("arch")
     if not isinstance(name, str):
         raise UserError(f"{checkpoint}: does not name its model; give it with --model.")
@@ -77,7 +79,12 @@ def open_classifier(
     trained = own.get("num_classes")
     if args.num_classes and trained and args.num_classes != trained:
         raise CheckpointError(f"{checkpoint}: has {trained} classes, not {args.num_classes}: leave out --num-classes.")
-    model = create_any(name, pretrained=not (checkpoint or untrained), arguments=arguments)
+    try:
+        model = create_any(name, pretrained=not (checkpoint or untrained), arguments=arguments)
+    except UserError as error:
+        if not own or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{checkpoint}: its model cannot be created: {error}") from error
     if checkpoint and not untrained:
         if not args.use_ema and any(saved.get(key) for key in EMA_KEYS):
             _logger.info("%s: took the raw weights; it holds averaged ones too, for --use-ema", checkpoint)

@@ -3,8 +3,8 @@
 import argparse
 import csv
 import io
-import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from engine.saved import Classifier, open_classifier
 from mambavision.errors import DataError, UserError
 from mambavision.factory import expand_model_name
 from mambavision.files import check_writable, replacing
+from mambavision.finite import NonFiniteError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 from mambavision.reporting import start_logging
+from mambavision.text import as_json, csv_cell
 
 _logger = logging.getLogger(__name__)
 
@@ -174,6 +176,8 @@ def _score(
             on_batch=lambda batch, images: line and line.step(str),
         )
     data.log_skipped(dataset)
+    if not math.isfinite(scores["loss"]):
+        raise NonFiniteError(f"{classifier.name}: its outputs are not finite; try it without --amp.")
     if real_labels is not None:
         scores["top1"], scores["top5"] = real_labels.get_accuracy(k=1), real_labels.get_accuracy(k=5)
     result = _result(classifier, config, scores)
@@ -249,16 +253,16 @@ def _result(classifier: Classifier, config: dict[str, Any], scores: dict[str, fl
 
 def _publish(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     results.sort(key=lambda result: result.get("top1", -1), reverse=True)
-    text = json.dumps(results[0] if len(results) == 1 else results, indent=4)
-    print(f"--result\n{text}", flush=True)
+    text = as_json(results[0] if len(results) == 1 else results, indent=4)
     if args.results_file:
         with replacing(args.results_file) as file:
             file.write((text if args.results_format == "json" else _as_csv(results)).encode())
+    print(f"--result\n{text}", flush=True)
 
 
 def _as_csv(results: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=dict.fromkeys(key for result in results for key in result))
     writer.writeheader()
-    writer.writerows(results)
+    writer.writerows({key: csv_cell(value) for key, value in result.items()} for result in results)
     return text.getvalue()

@@ -1,7 +1,6 @@
 """receptive_field.py's work: effective receptive fields of models side by side, before and after training."""
 
 import argparse
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mambavision.errors import UserError
 from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
 from mambavision.reporting import start_logging
+from mambavision.text import as_json
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def draw_receptive_fields(args: argparse.Namespace) -> None:
     device = pick_device(args.device, this_process())
     out = Path(args.out)
     check_writable(out / "receptive_field.png")
-    files = evenly_spread(find_images(args.inputs), args.count)
+    files = evenly_spread(find_images(args.inputs, out, results="receptive_field.png"), args.count)
     panels = _panels(args, device)
     fields, squares = [], []
     with report.progress("receptive field", len(panels) * len(files), interval=10) as line:
@@ -67,7 +67,7 @@ def draw_receptive_fields(args: argparse.Namespace) -> None:
     rows = [_row(*each, args.stage) for each in zip(panels, fields, squares, strict=True)]
     save_arrays(maps, out / "receptive_field.npz")
     with replacing(out / "receptive_field.json") as file:
-        file.write(json.dumps(rows, indent=2).encode())
+        file.write(as_json(rows).encode())
     save_figure(_figure(panels, fields, squares), out / "receptive_field.png")
     _print(rows)
     _logger.info("wrote %s", ", ".join(str(out / f"receptive_field.{kind}") for kind in ("png", "json", "npz")))

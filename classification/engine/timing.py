@@ -1,7 +1,6 @@
 """throughput.py's work: models timed in turn, so that their ratios hold even when the machine's speed drifts."""
 
 import argparse
-import json
 import logging
 import platform
 import statistics
@@ -20,6 +19,7 @@ from engine.execution import amp_dtype_name, compile_options, compiled, mixed_pr
 from mambavision.complexity import Complexity, complexity
 from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
+from mambavision.text import as_json
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def compare(args: argparse.Namespace) -> None:
     _print_table(timings, setting)
     if args.json:
         with replacing(args.json) as file:
-            file.write(json.dumps({**setting, "results": [asdict(timing) for timing in timings]}, indent=2).encode())
+            file.write(as_json({**setting, "results": [asdict(timing) for timing in timings]}).encode())
 
 
 def _warmed_up(args: argparse.Namespace, name: str, side: int | None, device: torch.device) -> _Contestant:

@@ -16,12 +16,14 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mambavision.checkpoint import read_checkpoint
 from mambavision.files import replacing
+from mambavision.openmmlab.metadata import check_metadata
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read a local file (torch.save or safetensors) onto the CPU, from where the model takes it to its device."""
     checkpoint = read_checkpoint(filename)
+    check_metadata(checkpoint, filename)
     hub = checkpoint.get("message_hub")
     if isinstance(hub, dict) and isinstance(hub.get("log_scalars"), dict):
         logs = {name: _history(values) for name, values in hub["log_scalars"].items()}

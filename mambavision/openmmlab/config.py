@@ -22,9 +22,12 @@ from torch.utils.data import DataLoader
 
 from mambavision.errors import UserError, nearest
 from mambavision.launch import Process
+from mambavision.reporting import EscapeOwnMessages
 
 # mmengine 0.10 finds bases like mmdet::... with it, and says so on each.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+
+_ESCAPE = EscapeOwnMessages()
 
 # Keys at the top of a config that mean something, besides the runner's arguments and variables of the config itself.
 _KEYS = {
@@ -193,7 +196,9 @@ def pipeline_owner(config: Config) -> ConfigDict:
 def collect_log() -> None:
     """Keep this package's messages until `log_to`; without that, they are shown at the end of the program."""
     own = logging.getLogger("mambavision")
-    own.handlers[:] = [MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, target=logging.StreamHandler())]
+    shown_at_the_end = logging.StreamHandler()
+    shown_at_the_end.addFilter(_ESCAPE)
+    own.handlers[:] = [MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, target=shown_at_the_end)]
     own.setLevel(logging.INFO)
     own.propagate = False
 
@@ -203,5 +208,7 @@ def log_to(logger: logging.Logger) -> None:
     own = logging.getLogger("mambavision")
     collected = [record for handler in own.handlers for record in getattr(handler, "buffer", ())]
     own.handlers[:] = logger.handlers
+    for handler in own.handlers:
+        handler.addFilter(_ESCAPE)
     for record in collected:
         own.handle(record)

@@ -1,6 +1,5 @@
 """Images and videos for the prediction programs of all tasks: finding, reading and preparing them."""
 
-import glob
 import itertools
 import logging
 import os
@@ -16,9 +15,9 @@ import numpy as np
 from mmcv.transforms import Compose
 from mmengine.config import Config
 from PIL import Image, UnidentifiedImageError
-from timm.utils import natural_key
 
-from mambavision.errors import DataError, nearest
+from mambavision.errors import DataError
+from mambavision.inputs import find_files
 from mambavision.openmmlab.config import pipeline_owner
 from mambavision.openmmlab.reporting import progress
 
@@ -76,13 +75,10 @@ def find_sources(given: Sequence[str], out: Path) -> list[Source]:
     Raises:
         DataError: An input is missing, empty, or no image or video.
     """
-    found: dict[Path, tuple[Path, PurePath]] = {}
-    for name in given:
-        for path, result in _expand(name, out.resolve()):
-            found.setdefault(path.resolve(), (path, result))
+    found = find_files(given, IMAGES | VIDEOS, out, kind="image or video")
     taken: set[str] = set()
-    results = [_unused(_as_written(result), taken) for _, result in found.values()]
-    paths = [path for path, _ in found.values()]
+    results = [_unused(_as_written(place), taken) for place in found.values()]
+    paths = list(found)
     sources = []
     with ThreadPoolExecutor() as pool, progress("checking", len(paths)) as advance:
         try:
@@ -93,28 +89,6 @@ def find_sources(given: Sequence[str], out: Path) -> list[Source]:
             pool.shutdown(cancel_futures=True)
             raise
     return sources
-
-
-def _expand(given: str, out: Path) -> list[tuple[Path, PurePath]]:
-    """Return the files that one input names, each with its place in the layout."""
-    path = Path(given)
-    matches = [path] if path.exists() else [Path(match) for match in glob.glob(given, recursive=True)]
-    if not matches:
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{given}: no such file or folder.{nearest(path.name, siblings)}")
-    files = [(match, PurePath(match.name)) for match in matches if not match.is_dir()]
-    for folder in (match for match in matches if match.is_dir()):
-        has_results = out != folder.resolve() and out.is_relative_to(folder.resolve())
-        for file in folder.rglob("*"):
-            relative = file.relative_to(folder)
-            is_hidden = any(part.startswith(".") for part in relative.parts)
-            if file.suffix.lower() not in IMAGES | VIDEOS or is_hidden or not file.is_file():
-                continue
-            if not (has_results and file.resolve().is_relative_to(out)):
-                files.append((file, relative))
-    if not files:
-        raise DataError(f"{given}: no image or video there; give files, folders, or a quoted pattern.")
-    return sorted(files, key=lambda each: natural_key(str(each[0])))
 
 
 def _as_written(result: PurePath) -> PurePath:

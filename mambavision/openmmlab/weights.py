@@ -8,7 +8,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
-from mambavision.checkpoint import extract_state_dict
+from mambavision.checkpoint import check_values, extract_state_dict
 from mambavision.errors import CheckpointError
 from mambavision.openmmlab.config import explained, forget_pretrained
 
@@ -37,12 +37,13 @@ def trained_model(config: Config, checkpoint: dict[str, Any], source: str, devic
 def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
     """Raise a CheckpointError unless most weights of a model are in a checkpoint, as for other classes."""
     own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
-    fitting = sum(key in theirs and theirs[key].shape == own[key].shape for key in own)
-    if fitting < len(own) / 2:
+    fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
+    if len(fitting) < len(own) / 2:
         raise CheckpointError(
-            f"{source}: is of another model than the config: only {fitting} of {len(own)} entries fit. For the weights "
-            "of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
+            f"{source}: is of another model than the config: only {len(fitting)} of {len(own)} entries fit. For the "
+            "weights of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
         )
+    check_values(_unwrapped(model), fitting, source)
 
 
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
@@ -55,6 +56,7 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> 
     if any(problems.values()):
         found = ", ".join(f"{len(keys)} {what} ({keys[0]})" for what, keys in problems.items() if keys)
         raise CheckpointError(f"{source}: is of another model than the config: {found}.")
+    check_values(_unwrapped(model), theirs, source)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,20 +62,21 @@ def predict(args: argparse.Namespace) -> None:
     """Detect objects in all inputs and write what was found to --out."""
     import logging
 
-    from mambavision.checkpoint import read_checkpoint
     from mambavision.files import check_writable, replacing
     from mambavision.launch import pick_device, this_process
+    from mambavision.openmmlab.checkpoints import load_from_local
     from mambavision.openmmlab.config import load_config
     from mambavision.openmmlab.inputs import find_sources, in_batches, read_frames
     from mambavision.openmmlab.pictures import Pictures
     from mambavision.openmmlab.reporting import progress, start_logging
+    from mambavision.text import as_json
 
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)
     check_writable(out / RESULTS)
     cfg = load_config(args.config, args.cfg_options)
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = load_from_local(args.checkpoint)
     sources = find_sources(args.inputs, out)
     pictures = None if args.no_pictures else Pictures(out, sources)
     detector = Detector(cfg, checkpoint, args.checkpoint, device)
@@ -94,7 +94,7 @@ def predict(args: argparse.Namespace) -> None:
         if pictures is not None:
             pictures.finish()
         with replacing(out / RESULTS) as file:  # if it fails, the pictures do not appear either
-            file.write(json.dumps(results.content).encode())
+            file.write(as_json(results.content, indent=None).encode())
     found, images = len(results.content["annotations"]), len(results.content["images"])
     logging.getLogger(__name__).info("%d objects in %d images or frames, written to %s", found, images, out)
 

@@ -52,9 +52,9 @@ def predict(args: argparse.Namespace) -> None:
 
     from overlay import Overlay
 
-    from mambavision.checkpoint import read_checkpoint
     from mambavision.files import check_writable
     from mambavision.launch import pick_device, this_process
+    from mambavision.openmmlab.checkpoints import load_from_local
     from mambavision.openmmlab.config import load_config
     from mambavision.openmmlab.inputs import find_sources, read_frames
     from mambavision.openmmlab.pictures import Pictures
@@ -65,7 +65,7 @@ def predict(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_writable(out / "mask.png")
     config = load_config(args.config, args.cfg_options)
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = load_from_local(args.checkpoint)
     sources = find_sources(args.inputs, out)
     pictures = Pictures(out, sources)
     segmenter = Segmenter(config, checkpoint, args.checkpoint, device)
