@@ -6,11 +6,11 @@ from pathlib import Path, PurePath
 
 from timm.utils import natural_key
 
-from mambavision.errors import DataError, nearest
+from mambavision.errors import DataError
 
 
 def find_files(
-    given: Sequence[str], extensions: Collection[str], out: Path, results: str = "", kind: str = "image"
+    given: Sequence[str], extensions: Collection[str], out: Path | None, results: str = "", *, nothing: str
 ) -> dict[Path, PurePath]:
     """Return the files that paths, folders and patterns name, each once, in natural order within each input.
 
@@ -19,9 +19,9 @@ def find_files(
     Args:
         given: Paths of files and folders, patterns.
         extensions: Those that count in folders, in lower case, with their dot.
-        out: Folder for results. Where it lies inside a given folder, all of it is left out.
+        out: Folder for results, if any. Where it lies inside a given folder, all of it is left out.
         results: Pattern of the names of results, for the case that `out` is a given folder itself.
-        kind: What the files are, for messages.
+        nothing: What to say of an input that names no such file.
 
     Returns:
         Paths, with the place of each below the input that names it.
@@ -31,24 +31,21 @@ def find_files(
     """
     found: dict[Path, tuple[Path, PurePath]] = {}
     for name in given:
-        files = [*_named(name, extensions, out.resolve(), results)]
+        files = [*_named(name, extensions, out and out.resolve(), results)]
         if not files:
-            raise DataError(f"{name}: no {kind} there; give files, folders, or a quoted pattern.")
+            raise DataError(f"{name}: {nothing}")
         for path, place in sorted(files, key=lambda each: natural_key(str(each[0]))):
             found.setdefault(path.resolve(), (path, place))
     return dict(found.values())
 
 
-def _named(given: str, extensions: Collection[str], out: Path, results: str) -> Iterator[tuple[Path, PurePath]]:
+def _named(given: str, extensions: Collection[str], out: Path | None, results: str) -> Iterator[tuple[Path, PurePath]]:
     """Yield the files that one input names, each with its place below it."""
     path = Path(given)
     try:
         matches = [path] if path.exists() else [Path(match) for match in glob.glob(given, recursive=True)]
     except OSError as error:  # a loop of symbolic links, a name that is too long
         raise DataError(f"{given}: cannot be read ({error.strerror}).") from error
-    if not matches:
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{given}: no such file or folder.{nearest(path.name, siblings)}")
     for match in matches:
         if match.is_dir():
             yield from _in_folder(match, extensions, out, results)
@@ -58,8 +55,10 @@ def _named(given: str, extensions: Collection[str], out: Path, results: str) -> 
             raise DataError(f"{match}: is neither a file nor a folder; give files, folders, or a quoted pattern.")
 
 
-def _in_folder(folder: Path, extensions: Collection[str], out: Path, results: str) -> Iterator[tuple[Path, PurePath]]:
-    is_inside = out != folder.resolve() and out.is_relative_to(folder.resolve())
+def _in_folder(
+    folder: Path, extensions: Collection[str], out: Path | None, results: str
+) -> Iterator[tuple[Path, PurePath]]:
+    is_inside = out is not None and out != folder.resolve() and out.is_relative_to(folder.resolve())
     for file in folder.rglob("*"):
         place = file.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in place.parts)

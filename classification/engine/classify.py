@@ -64,9 +64,10 @@ def predict(args: argparse.Namespace) -> None:
         _logger.warning("%d of %d images could not be decoded and were left out: %s", len(corrupt), len(files), corrupt)
 
 
-def find_images(inputs: Sequence[str], out: Path, results: str) -> list[Path]:
+def find_images(inputs: Sequence[str], out: Path | None = None, results: str = "") -> list[Path]:
     """Return the image files that paths, folders and patterns name; see `mambavision.inputs.find_files`."""
-    return list(find_files(inputs, get_img_extensions(as_set=True), out, results))
+    nothing = "no image there; give image files, folders of images, or a quoted pattern."
+    return list(find_files(inputs, get_img_extensions(as_set=True), out, results, nothing=nothing))
 
 
 def _batches(

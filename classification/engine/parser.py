@@ -41,7 +41,7 @@ _ALIASES = {
 
 
 # Trust is the user's to give, not that of a recipe from elsewhere.
-_COMMAND_LINE_ONLY = ("--trust-checkpoint", "--no-trust-checkpoint")
+_NO_TRUST = {"--trust-checkpoint": False, "--no-trust-checkpoint": True}
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,8 +103,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{path}: cannot be read as a YAML recipe ({' '.join(str(error).split())})")
         if not isinstance(recipe, dict):
             self.error(f"{path}: a recipe is a list of `flag: value` lines")
-        for key in recipe:
-            if hyphenated(f"--{key}") in _COMMAND_LINE_ONLY:
+        for key, value in recipe.items():
+            if value is not None and value != _NO_TRUST.get(hyphenated(f"--{key}"), value):
                 self.error(f"{path}: {key} is accepted on the command line only, as it lets a checkpoint run any code")
         return [word for key, value in recipe.items() for word in self._words(path, str(key), value)]
 

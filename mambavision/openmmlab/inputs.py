@@ -1,5 +1,6 @@
 """Images and videos for the prediction programs of all tasks: finding, reading and preparing them."""
 
+import glob
 import itertools
 import logging
 import os
@@ -16,7 +17,7 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from PIL import Image, UnidentifiedImageError
 
-from mambavision.errors import DataError
+from mambavision.errors import DataError, nearest
 from mambavision.inputs import find_files
 from mambavision.openmmlab.config import pipeline_owner
 from mambavision.openmmlab.reporting import progress
@@ -75,7 +76,13 @@ def find_sources(given: Sequence[str], out: Path) -> list[Source]:
     Raises:
         DataError: An input is missing, empty, or no image or video.
     """
-    found = find_files(given, IMAGES | VIDEOS, out, kind="image or video")
+    for name in given:
+        if not Path(name).exists() and not glob.glob(name, recursive=True):
+            folder = Path(name).parent
+            siblings = [sibling.name for sibling in folder.iterdir()] if folder.is_dir() else []
+            raise DataError(f"{name}: no such file or folder.{nearest(Path(name).name, siblings)}")
+    nothing = "no image or video there; give files, folders, or a quoted pattern."
+    found = find_files(given, IMAGES | VIDEOS, out, nothing=nothing)
     taken: set[str] = set()
     results = [_unused(_as_written(place), taken) for place in found.values()]
     paths = list(found)

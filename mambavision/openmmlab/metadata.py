@@ -42,9 +42,7 @@ def _is_byte(value: Any) -> bool:
 
 
 def _is_hub(value: Any) -> bool:
-    return is_mapping(value) and all(
-        is_mapping(value.get(key)) for key in ("log_scalars", "runtime_info", "resumed_keys")
-    )
+    return is_mapping(value) and all(map(is_mapping, value.values()))
 
 
 def _are_schedules(value: Any) -> bool:
