@@ -23,7 +23,7 @@ from torch import nn
 
 import mambavision
 from conftest import SMALL
-from mambavision.checkpoint import load_pretrained, read_checkpoint
+from mambavision.checkpoint import load_pretrained, load_weights, read_checkpoint
 from mambavision.errors import CheckpointError, OutputError
 from mambavision.files import check_writable, replacing
 
@@ -161,6 +161,61 @@ def test_pretrained_loading_is_strict_about_the_body(source, tmp_path):
     mambavision.save_checkpoint(weights, path)
     with pytest.raises(CheckpointError, match=r"1 missing \(norm\.weight\)"):
         load_pretrained(small(), path)
+
+
+def _without_data(value):
+    return value.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (torch.Tensor.to_sparse, r"norm\.weight is sparse"),
+        (_without_data, r"norm\.weight is on the meta device"),
+        (lambda value: value.to(torch.complex64), r"norm\.weight holds torch\.complex64 numbers, .* torch\.float32"),
+        (lambda value: value.to(torch.int32), r"norm\.weight holds torch\.int32 numbers"),
+        (lambda value: value > 0, r"norm\.weight holds torch\.bool numbers"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), r"norm\.weight is sparse or quantized"),
+        (lambda value: value * torch.nan, r"1 of its weights are not finite \(norm\.weight\)"),
+        (lambda value: value / 0, r"1 of its weights are not finite \(norm\.weight\)"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_nothing_is_changed_unless_all_of_it_fits(spoil, message, strict, source):
+    weights = dict(source.state_dict())
+    weights["norm.weight"] = spoil(weights["norm.weight"])
+    model = small()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=f"^file: {message}"):
+        load_weights(model, weights, "file", strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_counters_must_be_whole_numbers(source):
+    weights = dict(source.state_dict())
+    (key, *_) = (key for key in weights if key.endswith("num_batches_tracked"))
+    weights[key] = weights[key].float()
+    with pytest.raises(CheckpointError, match=r"num_batches_tracked holds torch\.float32"):
+        load_weights(small(), weights, "file")
+
+
+def test_other_precisions_and_infinite_masks_load(source):
+    weights = {
+        key: value.bfloat16() if value.is_floating_point() else value for key, value in source.state_dict().items()
+    }
+    load_weights(small(), weights, "file")
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("mask", torch.zeros(2))
+    load_weights(model, {**model.state_dict(), "mask": torch.full((2,), -torch.inf)}, "file")
+    with pytest.raises(CheckpointError, match="running_var"):
+        load_weights(model, {**model.state_dict(), "running_var": torch.full((2,), torch.nan)}, "file")
+
+
+def test_weights_need_names_and_models_need_memory(source):
+    with pytest.raises(CheckpointError, match=r"weights without names \(0\)"):
+        load_weights(small(), {"state_dict": {0: torch.ones(1)}}, "file")
+    with pytest.raises(CheckpointError, match="meta device"):
+        load_weights(small().to("meta"), source.state_dict(), "file")
 
 
 # Files that are no checkpoints

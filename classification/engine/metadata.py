@@ -79,10 +79,11 @@ def _is_data_config(value: Any) -> bool:
         return False
     size, mean, std = (value.get(key) for key in ("input_size", "mean", "std"))
     crop = value.get("crop_pct")
+    counts = (1, size[0] if isinstance(size, list | tuple) and size else 3)  # of numbers for the channels
     return (
         (size is None or (is_list_of(size, _is_side) and len(size) == 3))
-        and (mean is None or (is_list_of(mean, is_number) and len(mean) > 0))
-        and (std is None or (is_list_of(std, lambda each: is_number(each) and each > 0) and len(std) > 0))
+        and (mean is None or (is_list_of(mean, is_number) and len(mean) in counts))
+        and (std is None or (is_list_of(std, lambda each: is_number(each) and each > 0) and len(std) in counts))
         and (crop is None or (is_number(crop) and 0 < crop <= 2))
         and value.get("crop_mode") in (None, "squash", "border", "center")
         and value.get("interpolation") in (None, "", *_INTERPOLATIONS)

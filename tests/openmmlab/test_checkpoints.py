@@ -34,6 +34,35 @@ def test_logs_and_settings_of_a_training_are_read(tmp_path):
     assert read["meta"] == content["meta"]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"meta": 3},
+        {"meta": {"epoch": -1}},
+        {"meta": {"iter": "4"}},
+        {"meta": {"seed": -1}},
+        {"meta": {"seed": "five"}},
+        {"meta": {"dataset_meta": ["a"]}},
+        {"meta": {"dataset_meta": {"classes": "abc"}}},
+        {"meta": {"CLASSES": [1, 2]}},
+        {"meta": {"dataset_meta": {"classes": ["a"], "palette": [(0, 0, 256)]}}},
+        {"meta": {"dataset_meta": {"PALETTE": "red"}}},
+        {"optimizer": 3},
+        {"optimizer": {"state": {}, "param_groups": "abc"}},
+        {"param_schedulers": [3]},
+        {"message_hub": [1]},
+        {"message_hub": {"log_scalars": 3}},
+    ],
+    ids=str,
+)
+def test_impossible_metadata_are_said(wrong, tmp_path):
+    path = tmp_path / "epoch_1.pth"
+    mambavision.save_checkpoint({"state_dict": {"weight": torch.ones(1)}, **wrong}, path)
+    with pytest.raises(CheckpointError, match=f"^{path}: .*must be") as refused:
+        CheckpointLoader.load_checkpoint(str(path), logger=None)
+    assert "\n" not in str(refused.value)
+
+
 class _Attack:
     def __init__(self, function, *arguments):
         self.call = function, arguments

@@ -264,6 +264,23 @@ def test_wrong_checkpoint(train, score, trained, tmp_path):
         train("--resume", other)
 
 
+def test_weights_that_are_not_finite(train, score, trained, tmp_path):
+    checkpoint = read_checkpoint(trained / "epoch_2.pth")
+    key = next(key for key in checkpoint["state_dict"] if key.endswith("fc_cls.weight"))
+    checkpoint["state_dict"][key][0, 0] = torch.nan
+    path = tmp_path / "diverged.pth"
+    save_checkpoint(checkpoint, path)
+    message = rf"diverged\.pth: 1 of its weights are not finite \({key}\)"
+    for refused in (
+        lambda: score(path),
+        lambda: train("--resume", path),
+        lambda: train("--cfg-options", f"load_from={path}", work_dir=tmp_path / "other"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            refused()
+        assert error.value.exit_status == 65
+
+
 def test_starting_from_other_weights(train, trained, tmp_path):
     checkpoint = read_checkpoint(trained / "epoch_2.pth")
     weights = {key: value for key, value in checkpoint["state_dict"].items() if "fc_cls" not in key}
