@@ -8,7 +8,7 @@ from mambavision.openmmlab import mmcv_ops
 
 mmcv_ops.install()  # before anything imports mmcv.ops
 
-from mambavision.openmmlab import checkpoints, hooks, loops  # noqa: E402, F401
+from mambavision.openmmlab import checkpoints, hooks, json_logs, loops  # noqa: E402, F401
 from mambavision.openmmlab.backbones import MM_mamba_vision, RegisteredBackbone  # noqa: E402
 from mambavision.openmmlab.segman import (  # noqa: E402
     SegMANEncoder_b,

@@ -1,5 +1,6 @@
 """Checkpoints of mmengine: safe to read, never half written, old ones deleted last."""
 
+import json
 import os
 import pickle
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import save_checkpoint
+from mmengine.visualization import LocalVisBackend
 
 import mambavision
 from mambavision.errors import CheckpointError, OutputError
@@ -176,3 +178,11 @@ def test_several_best_checkpoints(runner):
         runner.epoch = epoch
         hook.after_val_epoch(runner, metrics)
     assert sorted(os.listdir(runner.work_dir)) == ["best_a_epoch_2.pth", "best_b_epoch_1.pth"]
+
+
+def test_logs_are_json_that_everything_reads(tmp_path):
+    vis = LocalVisBackend(str(tmp_path))
+    vis.add_scalars({"loss": float("nan"), "norm": np.float32("inf"), "lr": 1e-3, "ids": np.arange(2)}, step=3)
+    (line,) = (tmp_path / "scalars.json").read_text().splitlines()
+    read = json.loads(line, parse_constant=pytest.fail)
+    assert read == {"loss": None, "norm": None, "lr": 1e-3, "ids": [0, 1], "step": 3}
