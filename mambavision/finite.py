@@ -40,12 +40,13 @@ class FiniteGuard:
         """Take note of a batch of the next step: its loss (a scalar), and what gives the names of its samples."""
         self._batches.append((torch.isfinite(loss.detach()), samples))
 
-    def check(self, gradients: Iterable[Tensor], also: bool = False) -> bool:
+    def check(self, gradients: Iterable[Tensor], also: bool = False, has_loss_scale: bool = False) -> bool:
         """Raise unless losses and gradients of all processes are finite; to be called on all, before the step.
 
         Args:
-            gradients: Of this process; none where a loss scale makes infinite ones a matter of course.
+            gradients: Of this process; none are needed with a loss scale.
             also: A flag that travels along.
+            has_loss_scale: A loss scale looks after overflow: it skips the step if a loss or gradient is not finite.
 
         Returns:
             Whether `also` is set on any process.
@@ -59,7 +60,7 @@ class FiniteGuard:
         asked = torch.tensor(also, device=self._device)
         flags = torch.stack((~losses_are_finite, ~gradients_are_finite, asked))  # read once: a GPU waits for it
         bad_loss, bad_gradient, also = any_process(flags, self._process, self._device)
-        if bad_loss or bad_gradient:
+        if (bad_loss or bad_gradient) and not has_loss_scale:
             raise NonFiniteError(self._explanation("loss" if bad_loss else "gradient"))
         self._batches.clear()
         return also
@@ -72,7 +73,9 @@ class FiniteGuard:
         """
         self._skipped = self._skipped + 1 if was_skipped else 0
         if self._skipped >= _SKIPPED_STEPS:
-            raise NonFiniteError(f"the gradient overflowed in {self._skipped} steps in a row, at whatever loss scale.")
+            raise NonFiniteError(
+                f"the loss or gradient overflowed in {self._skipped} steps in a row, at whatever loss scale."
+            )
 
     def _explanation(self, what: str) -> str:
         own = [

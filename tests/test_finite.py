@@ -52,3 +52,11 @@ def test_skipped_steps_have_a_limit(guard):
         guard.count_skip(True)
     with pytest.raises(NonFiniteError, match="25 steps in a row"):
         guard.count_skip(True)
+
+
+def test_a_loss_scale_looks_after_overflow_of_loss_and_gradient(guard):
+    """GradScaler skips such a step, as it does one whose gradient alone overflows."""
+    guard.note(torch.tensor(math.nan), lambda: ["a.png"])
+    assert guard.check([torch.tensor(math.inf)], also=True, has_loss_scale=True)
+    guard.note(torch.tensor(1.0), lambda: ["b.png"])
+    assert not guard.check([], has_loss_scale=False)  # the batch before is forgotten

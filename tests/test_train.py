@@ -250,7 +250,8 @@ def test_warm_up_that_never_ends_is_warned_about(train, capsys):
 
 def rates(words, batches, at):
     args = train_options(words)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    lr = build.learning_rates(args, world_size=8)["lr"]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler, epochs = build.build_scheduler(args, optimizer, batches, world_size=8)
     found = {}
     for epoch in range(epochs):
@@ -289,6 +290,45 @@ def test_vmamba_learns_at_the_published_rates_and_depths(recipe):
     depths = {"tiny": 0.2, "small": 0.3, "vmambav2_base": 0.6}
     drop = next((depth for name, depth in depths.items() if name in recipe.stem), 0.5)
     assert model.layers[-1].blocks[-1].drop_path.drop_prob == pytest.approx(drop)
+
+
+SEGMAN_RATES = {"t": 4e-3, "s": 2e-3, "b": 2e-3, "l": 2e-3}  # of 8 processes
+
+
+@pytest.mark.parametrize("variant", SEGMAN_RATES)
+def test_segman_moves_its_rate_once_an_epoch(variant):
+    """The whole first epoch at 1e-6, then steps up to the peak, a cosine to 1e-5 in epoch 300, and ten more there."""
+    words, batches, peak = ["--config", str(ROOT / f"classification/configs/segman/segman_{variant}_1k.yaml")], 3, None
+    epochs, found = rates(words, batches, range(310))
+    assert epochs == 310
+    peak = SEGMAN_RATES[variant]
+    assert found[:5] == pytest.approx([1e-6 + epoch * (peak - 1e-6) / 5 for epoch in range(5)], rel=1e-9)
+    cosine = [1e-5 + (peak - 1e-5) / 2 * (1 + math.cos(math.pi * epoch / 300)) for epoch in range(5, 300)]
+    assert found[5:300] == pytest.approx(cosine, rel=1e-9)
+    assert found[300:] == pytest.approx([1e-5] * 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "expected"),
+    [
+        ([], 1, (1e-3, 1e-6, 5e-6)),
+        (["--lr", "0.5", "--lr-base", "0.1"], 8, (0.5, 1e-6, 5e-6)),
+        (["--lr-base", "0.1", "--opt", "sgd"], 2, (0.1 * 2 * 10 / 256, 1e-6, 5e-6)),
+        (["--lr-base", "0.1", "--opt", "adamw"], 2, (0.1 * (20 / 256) ** 0.5, 1e-6, 5e-6)),
+        (["--lr-base", "0.1", "--opt", "lamb", "--lr-base-scale", "linear"], 2, (0.1 * 20 / 256, 1e-6, 5e-6)),
+        (["--lr-base", "0.1", "--opt", "sgd", "--lr-base-scale", "sqrt"], 2, (0.1 * (20 / 256) ** 0.5, 1e-6, 5e-6)),
+        (["--lr-base", "0.1", "--lr-base-size", "10", "--grad-accum-steps", "4"], 1, (0.2, 1e-6, 5e-6)),
+        (["--lr-base", "0.1", "--lr-base-size", "5", "--opt", "sgd", "--lr-base-bounds"], 1, (0.2, 2e-6, 1e-5)),
+    ],
+)
+def test_rates_follow_the_global_batch(words, processes, expected):
+    args = train_options(["--batch-size", "10", *words])
+    assert tuple(build.learning_rates(args, processes).values()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_log_says_the_rate_and_the_batch_it_is_for(train, capsys):
+    train("--lr-base", "0.1", "--lr-base-size", "1000", "--lr-base-scale", "linear", "--epochs", "1", "--lr", "1e-3")
+    assert "learning rate 0.001 for a global batch of 10 images" in capsys.readouterr().out
 
 
 def test_warm_up_in_front_of_the_schedule_needs_a_schedule(train):

@@ -4,14 +4,16 @@ import itertools
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.data import FastCollateMixup
 from torch.nn.utils import parameters_to_vector
 
 import mambavision
-from conftest import SMALL, identical, weights
-from engine import run, trainer
+from conftest import SMALL, identical, summary, weights
+from engine import build, loaders, run, trainer
 from engine.task import MesaTask
 from mambavision.checkpoint import read_checkpoint
 from mambavision.finite import NonFiniteError
@@ -154,6 +156,26 @@ def test_augmentation_follows_the_options(prepare):
     assert prefetching.random_erasing.probability == 0.3
 
 
+@pytest.mark.parametrize(("words", "order"), [([], ["mix", "erase"]), (["--no-prefetcher"], ["erase", "mix"])])
+def test_erasing_and_mixing_are_in_the_order_of_the_originals(words, order, training_options):
+    """On a GPU: VMamba's recipes erase parts of single images, the others' parts of mixed ones, as timm does."""
+    args, gpu = training_options(*words, "--reprob", "0.3"), torch.device("cuda")
+    train_data, validation_data, _ = build.open_data(args)
+    model = torch.nn.Identity()
+    model.num_classes, model.pretrained_cfg = 3, {"input_size": (3, 32, 32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            loaders, "PrefetchLoader", lambda loader, *_, **options: SimpleNamespace(loader=loader, **options)
+        )
+        batches = build.build_batches(args, model, train_data, validation_data, gpu, loaders.Share())
+    erases_single = any(type(step).__name__ == "RandomErasing" for step in train_data.transform.transforms)
+    assert erases_single == (order[0] == "erase")
+    assert (batches.mixup is not None) == (order[1] == "mix")  # or while collating, before the prefetcher erases
+    if order[1] == "erase":
+        assert isinstance(batches.train.loader.loader.collate_fn, FastCollateMixup)
+        assert batches.train.loader.re_prob == 0.3
+
+
 def test_model_follows_the_options(prepare):
     model = prepare("--drop-path", "0.35", "--grad-checkpointing").learner.task.trainable_module
     assert model.levels[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.35)
@@ -236,6 +258,20 @@ def test_overflow_with_a_loss_scale_has_a_limit(prepare):
         small.fit()
     assert not torch.equal(head, before)  # one step of 29 was taken
     assert small.learner.optimizer.state[head]["step"] == 1
+
+
+def test_a_loss_that_is_not_finite_is_skipped_by_a_loss_scale(prepare, monkeypatch):
+    """As the originals' programs do under float16."""
+    small = prepare("--epochs", "1", "--warmup-epochs", "0")
+    small.learner.scaler = torch.amp.GradScaler("cpu")
+    task, calls = small.learner.task, itertools.count()
+    task.register_forward_hook(lambda *_: {**_[2], "loss": _[2]["loss"] * (math.nan if next(calls) == 2 else 1.0)})
+    small.fit()
+    head = task.trainable_module.head.weight
+    assert small.learner.optimizer.state[head]["step"] == 5  # of 6
+    assert head.isfinite().all()
+    (row,) = summary(small.folder)
+    assert math.isfinite(float(row["train_loss"]))
 
 
 def test_names_of_samples_are_those_of_the_batch(prepare):

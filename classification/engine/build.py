@@ -234,7 +234,8 @@ def build_batches(
 ) -> Batches:
     """Create the loaders."""
     config = data_config(model, vars(args))
-    # Worker processes are cheaper than the training process on a CPU; on a GPU, batches travel as bytes.
+    # Worker processes are cheaper than the training process on a CPU; on a GPU, batches travel as bytes. The prefetcher
+    # erases parts of mixed images, workers those of single ones.
     prefetch = (device.type != "cpu" or args.aug_splits > 1) and not args.no_prefetcher
     mixup = None
     if mixup_is_on(args):
@@ -305,8 +306,38 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
     return task
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    return create_optimizer_v2(model, **optimizer_kwargs(args))
+_DEFAULT_LR = 1e-3
+_ADAPTIVE = ("ada", "lamb")  # in the names of optimizers
+
+
+def global_batch(args: argparse.Namespace, world_size: int) -> int:
+    """Return how many images an optimizer step sees, over all processes."""
+    return args.batch_size * args.grad_accum_steps * world_size
+
+
+def learning_rates(args: argparse.Namespace, world_size: int) -> dict[str, float]:
+    """Return lr, warmup_lr and min_lr, scaled to the global batch as in timm's training program.
+
+    ``--lr`` is taken as it is. Otherwise ``--lr-base``, which is for batches of ``--lr-base-size``, is scaled by the
+    ratio of the batches, or its square root.
+    """
+    bounds = {"warmup_lr": args.warmup_lr, "min_lr": args.min_lr}
+    if args.lr is not None or args.lr_base is None:
+        return {"lr": _DEFAULT_LR if args.lr is None else args.lr, **bounds}
+    is_adaptive = any(part in args.opt.lower() for part in _ADAPTIVE)
+    ratio = global_batch(args, world_size) / args.lr_base_size
+    factor = ratio**0.5 if (args.lr_base_scale or ("sqrt" if is_adaptive else "linear")) == "sqrt" else ratio
+    if args.lr_base_bounds:
+        bounds = {name: rate * factor for name, rate in bounds.items()}
+    return {"lr": args.lr_base * factor, **bounds}
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, world_size: int = 1) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model, **optimizer_kwargs(_with_rates(args, world_size)))
+
+
+def _with_rates(args: argparse.Namespace, world_size: int) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | learning_rates(args, world_size))
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, batches: int, world_size: int) -> Any:
@@ -317,7 +348,9 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     if args.data_len:
         batches = args.data_len // (args.batch_size * world_size)
     steps = max(1, -(-batches // args.grad_accum_steps))
-    options = scheduler_kwargs(args) | {"step_on_epochs": args.lr_ep or args.sched == "plateau"}
+    options = scheduler_kwargs(_with_rates(args, world_size)) | {
+        "step_on_epochs": args.lr_ep or args.sched == "plateau"
+    }
     if args.warmup_prefix:  # to timm, the length of the schedule is then that without the warm-up
         options["num_epochs"] -= args.warmup_epochs
     with warnings.catch_warnings():

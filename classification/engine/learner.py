@@ -58,11 +58,13 @@ class Learner:
             self._load_weights(resumed)
         if args.fsdp:
             sharding.shard(self.task, process, device)
-        self.optimizer = build.build_optimizer(args, model)
+        self.optimizer = build.build_optimizer(args, model, process.world_size)
         if resumed and resumed.with_optimizer:
             self._load_optimizer(resumed)
         self.scheduler, self.num_epochs = build.build_scheduler(args, self.optimizer, batches, process.world_size)
         self.updates = 0
+        lr, batch = build.learning_rates(args, process.world_size)["lr"], build.global_batch(args, process.world_size)
+        _logger.info("learning rate %.4g for a global batch of %d images", lr, batch)
 
     # Going on
 

@@ -166,7 +166,15 @@ def _add_schedule_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--sched", default="cosine", choices=["cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"])
     parser.switch("--lr-ep", help="move the schedule every epoch instead of every step")
-    add("--lr", type=float, default=1e-3)
+    add("--lr", type=float, help="learning rate, whatever the batch size; default: --lr-base scaled, or 0.001 without")
+    add("--lr-base", type=float, help="learning rate for batches of --lr-base-size, scaled to the global batch")
+    add("--lr-base-size", type=_positive, default=256, help="images in the global batch that --lr-base is for")
+    add(
+        "--lr-base-scale",
+        choices=["linear", "sqrt"],
+        help="how the rate grows with the batch; default: sqrt for adaptive optimizers, as in timm",
+    )
+    parser.switch("--lr-base-bounds", help="scale --warmup-lr and --min-lr like --lr-base")
     add("--lr-noise", type=float, nargs="+", help="epochs between which noise is added, as fractions")
     add("--lr-noise-pct", type=float, default=0.67)
     add("--lr-noise-std", type=float, default=1.0)

@@ -312,7 +312,8 @@ class Trainer:
     def _finish_step(self) -> bool:
         """Take the optimizer's step if all is finite; return whether any process was asked to leave."""
         try:
-            is_asked = self.guard.check(self.learner.gradients(), self.signals.received)
+            has_scale = self.learner.scaler.is_enabled()
+            is_asked = self.guard.check(self.learner.gradients(), self.signals.received, has_scale)
             self.guard.count_skip(self.learner.step())
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} {self._about_the_step()}") from None

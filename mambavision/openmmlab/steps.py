@@ -66,7 +66,7 @@ class GuardedSteps:
             parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
             gradients = [] if self._has_loss_scale else [each.grad for each in parameters if each.grad is not None]
             try:
-                self.leaves = self._guard.check(gradients, self._signals.received)
+                self.leaves = self._guard.check(gradients, self._signals.received, self._has_loss_scale)
                 self._was_taken = False
                 step(**kwargs)
                 if self._has_loss_scale:
