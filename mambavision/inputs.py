@@ -1,6 +1,7 @@
 """Finding the files that the programs of all tasks are given as inputs."""
 
 import glob
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 
@@ -67,3 +68,41 @@ def _in_folder(
         is_result = results and file.match(results) and file.parent.resolve() == out
         if not is_result and not (is_inside and file.resolve().is_relative_to(out)):
             yield file, place
+
+
+def check_tree(root: Path, extensions: Collection[str] = ()) -> None:
+    """Raise a DataError for what reading a folder of a data set could wait for without end, or count twice.
+
+    Args:
+        root: Folder, whose links are followed.
+        extensions: Those of the files that count, in lower case, with their dot; empty for all files.
+    """
+    folders: dict[tuple[int, int], str] = {}  # by what they are, whatever their names
+    targets: dict[str, str] = {}  # of links to files
+    inside = os.path.join(os.path.realpath(root), "")
+    pending = [str(root)]
+    try:
+        while pending:
+            folder = pending.pop()
+            status = os.stat(folder)
+            twin = folders.setdefault((status.st_dev, status.st_ino), folder)
+            if twin != folder:
+                raise DataError(f"{folder}: is the same folder as {twin}, whose images would count twice; remove one.")
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        pending.append(entry.path)
+                    elif not extensions or os.path.splitext(entry.name)[1].lower() in extensions:
+                        _check_file(entry, targets, inside)
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); repair or remove it.") from error
+
+
+def _check_file(entry: os.DirEntry, targets: dict[str, str], inside: str) -> None:
+    if not entry.is_file():
+        raise DataError(f"{entry.path}: is no file (but a pipe, a device or a broken link); remove it.")
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        twin = target if target.startswith(inside) else targets.setdefault(target, entry.path)
+        if twin != entry.path:
+            raise DataError(f"{entry.path}: is the same image as {twin}, which would count twice; remove one.")

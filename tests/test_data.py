@@ -1,5 +1,6 @@
 """Image folders, decoding and batches of the classification programs."""
 
+import os
 import random
 import shutil
 
@@ -492,3 +493,103 @@ def test_evaluation_on_chosen_columns(digits):
     logits = torch.tensor([9.0, 0.0, 5.0, 1.0, 2.0])
     scores = evaluate(lambda images: logits.repeat(len(images), 1), loader, torch.device("cpu"), classes=[1, 3, 4])
     assert scores["top1"] == pytest.approx(100 / 3)  # column 4 is the best of these: the class with index 2
+
+
+# Folders that could hang a run, or count images twice
+
+
+@pytest.fixture
+def copied(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    return tmp_path / "digits"
+
+
+def _pipe(folder):
+    os.mkfifo(folder / "pipe.png")
+    return "pipe.png"
+
+
+def _device(folder):
+    (folder / "device.png").symlink_to("/dev/zero")
+    return "device.png"
+
+
+def _broken_link(folder):
+    (folder / "broken.png").symlink_to("nowhere.png")
+    return "broken.png"
+
+
+def _link_to_itself(folder):
+    (folder / "loop.png").symlink_to("loop.png")
+    return "loop.png"
+
+
+def _loop(folder):
+    (folder / "again").symlink_to(folder)
+    return "again"
+
+
+def _loop_through_the_parent(folder):
+    (folder / "up").symlink_to(folder.parent)
+    return "up"
+
+
+def _class_twice(folder):
+    (folder / "other").symlink_to(next(each for each in folder.parent.iterdir() if each != folder))
+    return "other"
+
+
+def _image_twice(folder):
+    (folder / "twin.png").symlink_to(folder / "01.png")
+    return "twin.png"
+
+
+def _image_from_outside_twice(folder):
+    outside = folder.parent.parent.parent / "outside.png"
+    shutil.copy(folder / "01.png", outside)
+    for name in ("one.png", "two.png"):
+        (folder / name).symlink_to(outside)
+    return "outside|one|two"
+
+
+TRAPS = [
+    _pipe, _device, _broken_link, _link_to_itself, _loop, _loop_through_the_parent, _class_twice, _image_twice,
+    _image_from_outside_twice,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__.strip("_"))
+def test_folders_that_hang_or_count_twice_are_refused(trap, dataset, copied):
+    name = trap(copied / "train" / "digit 0")
+    with pytest.raises(DataError, match=name) as refused:
+        data.open_split(data_dir=str(copied), split="train", dataset=dataset)
+    assert refused.value.exit_status == 65
+    assert str(copied) in str(refused.value)
+
+
+def test_links_to_folders_and_files_elsewhere_are_followed(copied, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (copied / "train" / "digit 0").rename(elsewhere)
+    (copied / "train" / "digit 0").symlink_to(elsewhere)
+    (copied / "train" / "digit 1" / "linked.png").symlink_to(copied / "val" / "digit 1" / "20.png")
+    assert len(data.open_split(data_dir=str(copied), split="train")) == 61
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_images_that_vanish_are_named_or_counted(skip_corrupt, copied):
+    split = data.open_split(data_dir=str(copied), split="train", is_training=True, skip_corrupt=skip_corrupt)
+    victim = copied / "train" / "digit 0" / "00.png"
+    victim.unlink()
+    if skip_corrupt:
+        assert split[0][1] == split[1][1]
+        assert split.corrupt_files == ["digit 0/00.png"]
+    else:
+        with pytest.raises(DataError, match=rf"{victim}: cannot be decoded \(No such file or directory\)"):
+            split[0]
+
+
+def test_class_maps_are_never_unpickled(digits, tmp_path):
+    (tmp_path / "classes.pkl").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    with pytest.raises(UserError, match=r"a class map is a text file \(\.txt\)"):
+        data.open_split(data_dir=str(digits), split="train", class_map=str(tmp_path / "classes.pkl"))

@@ -19,6 +19,7 @@ from timm.data.readers.class_map import load_class_map
 from torchvision.datasets import DatasetFolder
 
 from mambavision.errors import DataError, UserError
+from mambavision.inputs import check_tree
 from mambavision.launch import this_process
 
 _logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombErro
 
 def why_undecodable(error: Exception) -> str:
     """Return the reason for a decoding error, without the object addresses in Pillow's messages."""
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return getattr(error, "strerror", None) or str(error)
 
 
 class FolderDataset(ImageDataset):
@@ -125,8 +128,8 @@ class FolderDataset(ImageDataset):
 
     def _read(self, index: int) -> tuple[Image.Image | None, int]:
         """Return image and target; no image if the file is broken and such files are skipped."""
-        file, target = self.reader[index]
         try:
+            file, target = self.reader[index]  # which may be gone since the run began
             with file:
                 return decode_image(file, self.input_img_mode, self.exif_transpose), target
         except DECODING_ERRORS as error:
@@ -136,7 +139,7 @@ class FolderDataset(ImageDataset):
                     "remove it, or leave such files out with --skip-corrupt."
                 ) from error
             self._is_corrupt[index] = True
-            return None, target
+            return None, SKIPPED
 
 
 def is_folder(dataset: str) -> bool:
@@ -203,9 +206,12 @@ def open_split(
         )
         opened = _one_after_the_other(create) if download else create()
         if isinstance(opened, DatasetFolder):
+            check_tree(Path(opened.root), opened.extensions)
             opened.loader = partial(_decode_or_name, mode=mode)
         return opened
     root = find_split(data_dir, split, may_be_root=not is_training)
+    if root.is_dir():
+        check_tree(root, get_img_extensions(as_set=True))
     if isinstance(class_map, str) and class_map:
         class_map = _read_class_map(class_map, root)
     elif not class_map and root.is_dir():
@@ -284,7 +290,7 @@ def _has_image(folder: Path) -> bool:
 def _read_class_map(path: str, root: Path) -> dict[str, int]:
     if not (Path(path).is_file() or (root / path).is_file()):
         raise DataError(f"{path}: no such class map; give a text file with a class name on each line.")
-    if not path.endswith((".txt", ".pkl")):
+    if not path.endswith(".txt"):  # timm would unpickle others, which runs whatever they say
         raise UserError(f"{path}: a class map is a text file (.txt) with a class name on each line.")
     return load_class_map(path, str(root))
 

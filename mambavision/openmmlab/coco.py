@@ -77,6 +77,12 @@ def read_annotations(ann: Path) -> dict[str, list[dict[str, Any]]]:
         repeated = [number for number, count in Counter(entry["id"] for entry in entries).items() if count > 1]
         if repeated:
             raise DataError(f"{ann}: {key} have the same id: {some(repeated)}; ids must be unique.")
+    files = [image["file_name"] for image in content["images"]]
+    repeated = [name for name, count in Counter(files).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{ann}: images have the same file_name: {some(repeated)}; name each once, with all its objects."
+        )
     return content
 
 

@@ -111,9 +111,18 @@ def _examine(config: "Config", splits: Sequence[str], full: bool) -> Iterator[tu
 def _findings(setting: "ConfigDict", config: "Config", full: bool) -> Findings:
     from labels import number_of_classes
 
+    from mambavision.errors import DataError
+    from mambavision.inputs import check_tree
+
     missing = _missing_folder(setting)
     if missing:
         return Findings(problems=[missing])
+    try:
+        for prefix in setting.data_prefix.values():
+            if prefix:
+                check_tree(Path(setting.get("data_root") or "", prefix))
+    except DataError as error:
+        return Findings(problems=[str(error).rstrip(".")])
     dataset = build_dataset(setting, config)
     entries = [dataset.get_data_info(index) for index in range(len(dataset))]
     findings = Findings(len(entries), len(dataset.metainfo.get("classes") or ()))
