@@ -99,10 +99,17 @@ def pick_device(name: str, process: Process) -> torch.device:
         device = torch.device(kind)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown device; use cuda, cuda:1, cpu, ...") from None
+    # "meta" and others hold no numbers, or are not for computing.
+    accelerators = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
+    if device.type not in (*accelerators, "cpu"):
+        raise UserError(f"--device {name}: nothing can be computed there; use cuda, cuda:1, cpu, ...")
+    count = accelerators[device.type].device_count() if device.type in accelerators else 1
+    if count == 0:
+        what = "GPU" if device.type == "cuda" else f"device of the kind {device.type}"
+        raise UserError(f"--device {name}: no {what} is visible to PyTorch here; use --device cpu.")
+    if device.index is not None and device.index >= count:
+        raise UserError(f"--device {name}: there are only {count} here, counted from 0 on.")
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if count == 0:
-            raise UserError(f"--device {name}: no GPU is visible to PyTorch here; use --device cpu.")
         if process.is_distributed and device.index is None:
             device = torch.device("cuda", process.local_rank % count)
         elif device.index is None:

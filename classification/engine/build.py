@@ -61,10 +61,6 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
         "--aug-splits and mixup do not go together: add --mixup 0 --cutmix 0.": args.aug_splits and mixing,
         "--aug-splits needs the prefetcher: drop --no-prefetcher.": args.aug_splits and args.no_prefetcher,
         "--batch-size must be even for mixup; change it, or add --mixup 0 --cutmix 0.": mixing and args.batch_size % 2,
-        "--batch-size, --grad-accum-steps and --epochs must be at least 1.": min(
-            args.batch_size, args.grad_accum_steps, args.epochs
-        )
-        < 1,
         "--aug-repeats and --aug-splits need single images: drop them, or choose another --dataset than a stream.": (
             is_stream and (args.aug_repeats or args.aug_splits)
         ),
@@ -333,7 +329,15 @@ def learning_rates(args: argparse.Namespace, world_size: int) -> dict[str, float
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, world_size: int = 1) -> torch.optim.Optimizer:
-    return create_optimizer_v2(model, **optimizer_kwargs(_with_rates(args, world_size)))
+    """Create the optimizer.
+
+    Raises:
+        UserError: It does not take the options, for example another number of --opt-betas.
+    """
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(_with_rates(args, world_size)))
+    except _IMPOSSIBLE_ARGUMENTS as error:
+        raise UserError(f"--opt {args.opt}: cannot be created with these options ({error}).") from error
 
 
 def _with_rates(args: argparse.Namespace, world_size: int) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from mambavision.files import check_writable, replacing
 from mambavision.finite import NonFiniteError
 from mambavision.inputs import find_files
 from mambavision.launch import pick_device, this_process
+from mambavision.ranges import check_ranges
 from mambavision.reporting import start_logging
 from mambavision.text import as_json, escaped
 
@@ -38,6 +39,7 @@ class Candidate:
 
 def predict(args: argparse.Namespace) -> None:
     """Classify all inputs and write predictions.txt, predictions.json and contact sheets to --out."""
+    check_ranges(args)
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)

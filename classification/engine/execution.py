@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from mambavision.errors import UserError
+from mambavision.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +45,15 @@ def compiled(args: argparse.Namespace, model: nn.Module) -> nn.Module:
 
 
 def compile_options(args: argparse.Namespace) -> dict[str, str]:
-    """Return the arguments of torch.compile, or none if nothing is to be compiled."""
+    """Return the arguments of torch.compile, or none if nothing is to be compiled.
+
+    Raises:
+        UserError: torch has no such backend, or the mode is another one's.
+    """
+    if args.torchcompile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if args.torchcompile not in known:
+            raise UserError(f"--torchcompile {args.torchcompile}: unknown backend.{nearest(args.torchcompile, known)}")
     if args.torchcompile_mode is None:
         return {"backend": args.torchcompile} if args.torchcompile else {}
     backend = args.torchcompile or "inductor"

@@ -30,6 +30,7 @@ from mambavision.analysis import (
 from mambavision.errors import UserError
 from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
+from mambavision.ranges import check_ranges
 from mambavision.reporting import start_logging
 from mambavision.text import as_json, escaped
 
@@ -58,6 +59,7 @@ class _Maps:
 
 def draw_activation_maps(args: argparse.Namespace) -> None:
     """Write a picture and the numbers in it for each image and point, and activation_maps.json, to --out."""
+    check_ranges(args)
     start_logging()
     device = pick_device(args.device, this_process())
     kinds = [MapKind.parse(name) for name in args.maps or ()]

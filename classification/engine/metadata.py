@@ -25,7 +25,7 @@ _LARGEST_SIDE = 1 << 14  # pixels
 # Arguments by which timm would open other files or the network: weights come from the checkpoint itself.
 _LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 _DEPTHS = {"depth", "depths", "layers", "num_layers"}
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
 
 def check_model(checkpoint: Mapping[str, Any], source: str) -> None:

@@ -61,6 +61,8 @@ VALIDATE_REFUSED: Refused = {
 }
 
 
+_RESIZING = ["", "nearest", "bilinear", "bicubic", "lanczos", "hamming", "box"]  # of timm, as `engine.metadata` has it
+
 # Second names of a flag are those of VMamba's program.
 _CONFIG = ("-c", "--config", "--cfg")
 
@@ -136,7 +138,13 @@ def _add_model_options(parser: Parser) -> None:
     add("--crop-mode", choices=["squash", "border", "center"], help="how validation crops; default: the model's")
     add("--mean", type=float, nargs="+", help="pixel mean; default: the model's")
     add("--std", type=float, nargs="+", help="pixel standard deviation; default: the model's")
-    add("--interpolation", default="", help="resizing in validation; default: the model's")
+    add(
+        "--interpolation",
+        default="",
+        choices=_RESIZING,
+        metavar="NAME",
+        help="resizing in validation; default: the model's",
+    )
     add("-b", "--batch-size", type=int, default=128, help="images in a batch of each process")
     add("-vb", "--validation-batch-size", type=int, help="default: --batch-size")
     parser.switch("--channels-last", help="channels-last memory layout")
@@ -337,7 +345,7 @@ def _add_saved_model_options(parser: Parser, several: bool = False) -> None:
     add("--crop-mode", choices=["squash", "border", "center"], help="default: the model's")
     add("--mean", type=float, nargs="+", help="pixel mean; default: the model's")
     add("--std", type=float, nargs="+", help="pixel standard deviation; default: the model's")
-    add("--interpolation", default="", help="resizing; default: the model's")
+    add("--interpolation", default="", choices=_RESIZING, metavar="NAME", help="resizing; default: the model's")
     parser.switch("--exif-transpose", default=None, help="turn images upright by EXIF; default: as in training")
     add("--device", default="", help="cuda, cpu, …; default: a GPU if there is one")
     parser.switch("--channels-last", help="channels-last memory layout")

@@ -27,6 +27,7 @@ from mambavision.factory import expand_model_name
 from mambavision.files import check_writable, replacing
 from mambavision.finite import NonFiniteError
 from mambavision.launch import Process, join, leave, pick_device, this_process
+from mambavision.ranges import check_ranges
 from mambavision.reporting import start_logging
 from mambavision.text import as_json, csv_cell
 
@@ -38,6 +39,7 @@ _IMAGENET_VALIDATION_IMAGES = 50_000
 
 def validate(args: argparse.Namespace) -> None:
     """Score everything that the options name; print the results as JSON after a line ``--result``."""
+    check_ranges(args)
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UserError(f"two data folders: {args.data} and --data-dir {args.data_dir}; give one.")
     args.data_dir = args.data_dir or args.data

@@ -16,6 +16,7 @@ from mambavision.analysis import ReceptiveField, check_stage, display_scale, rec
 from mambavision.errors import UserError
 from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
+from mambavision.ranges import check_ranges
 from mambavision.reporting import start_logging
 from mambavision.text import as_json
 
@@ -43,6 +44,7 @@ class _Panel:
 
 def draw_receptive_fields(args: argparse.Namespace) -> None:
     """Write receptive_field.png, .json and .npz to --out."""
+    check_ranges(args)
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)

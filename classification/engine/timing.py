@@ -19,6 +19,7 @@ from engine.execution import amp_dtype_name, compile_options, compiled, mixed_pr
 from mambavision.complexity import Complexity, complexity
 from mambavision.files import check_writable, replacing
 from mambavision.launch import pick_device, this_process
+from mambavision.ranges import check_ranges
 from mambavision.text import as_json
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class _Contestant:
 
 def compare(args: argparse.Namespace) -> None:
     """Time the models of the options, print a table, and write JSON if asked."""
+    check_ranges(args)
     if args.json:
         check_writable(args.json)
     if args.threads:

@@ -28,6 +28,7 @@ from mambavision.files import check_writable, remove_temporaries
 from mambavision.finite import FiniteGuard, NonFiniteError
 from mambavision.launch import Process, join, leave, pick_device, this_process
 from mambavision.preemption import AskedToLeaveError, Preempted, StopSignals, begin, finish, leave_preempted
+from mambavision.ranges import check_ranges
 from mambavision.reporting import start_logging
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ _NO_BATCH = {"loss_sum": 0.0, "images": 0}
 
 def train(args: argparse.Namespace) -> None:
     """Train, or only evaluate with --validate-only."""
+    check_ranges(args)
     process = this_process()
     device = pick_device(args.device, process)
     start_logging(process.is_first)

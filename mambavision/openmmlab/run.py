@@ -22,6 +22,7 @@ from mambavision.openmmlab.hooks import RECOVERY
 from mambavision.openmmlab.loops import use_exact_loops
 from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
 from mambavision.preemption import NEVER, Preempted, StopSignals, begin, finish, goes_on
+from mambavision.ranges import check_ranges
 from mambavision.resume import newest_valid
 
 _logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         args: From `options_of_training`.
         check_data: Raises a DataError if the data that a config names are not as they should be.
     """
+    check_ranges(args)
     config = _config(args, ("model", "train_dataloader", "train_cfg", "optim_wrapper"))
     given = copy.deepcopy(config)
     if args.amp:
@@ -132,6 +134,7 @@ def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Confi
         adapt: Changes a config as the options ``eval``, ``out``, ``show_dir`` and ``tta`` demand, which differ between
             tasks.
     """
+    check_ranges(args)
     config = _config(args, ("model", "test_dataloader", "test_evaluator", "test_cfg"))
     given = copy.deepcopy(config)
     content = read_checkpoint(args.checkpoint)

@@ -36,26 +36,12 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", required=True, metavar="FILE", help="config of the detector")
     add("--checkpoint", required=True, metavar="FILE", help="its trained weights")
     add("--out", default="predictions", metavar="DIR", help="folder to write to (default: %(default)s)")
-    add("--score-threshold", type=_fraction, default=0.3, help="leave out less certain objects (default: %(default)s)")
+    add("--score-threshold", type=float, default=0.3, help="leave out less certain objects (default: %(default)s)")
     add("--no-pictures", action="store_true", help=f"write {RESULTS} alone")
     add("--device", default="", help="cuda, cpu, ...; default: a GPU if there is one")
-    add("--batch-size", type=_positive, default=1, help="images at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=1, help="images at a time (default: %(default)s)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the config")
     return parser.parse_args(argv)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("must be from 0 to 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -69,8 +55,10 @@ def predict(args: argparse.Namespace) -> None:
     from mambavision.openmmlab.inputs import find_sources, in_batches, read_frames
     from mambavision.openmmlab.pictures import Pictures
     from mambavision.openmmlab.reporting import progress, start_logging
+    from mambavision.ranges import check_ranges
     from mambavision.text import as_json
 
+    check_ranges(args)
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)

@@ -27,7 +27,9 @@ def count(args: argparse.Namespace) -> None:
 
     from mambavision.complexity import complexity
     from mambavision.openmmlab.config import explained, load_config
+    from mambavision.ranges import check_ranges
 
+    check_ranges(args)
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)
     with torch.device("meta"), explained(args.config):

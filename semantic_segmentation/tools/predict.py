@@ -33,17 +33,10 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", required=True, metavar="FILE", help="config of the model")
     add("--checkpoint", required=True, metavar="FILE", help="its trained weights")
     add("--out", default="predictions", metavar="DIR", help="folder to write to (default: %(default)s)")
-    add("--opacity", type=_fraction, default=0.5, help="of the colours, from 0 to 1 (default: %(default)s)")
+    add("--opacity", type=float, default=0.5, help="of the colours, from 0 to 1 (default: %(default)s)")
     add("--device", default="", help="cuda, cpu, ...; default: a GPU if there is one")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override")
     return parser.parse_args(argv)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("must be from 0 to 1")
-    return value
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -59,7 +52,9 @@ def predict(args: argparse.Namespace) -> None:
     from mambavision.openmmlab.inputs import find_sources, read_frames
     from mambavision.openmmlab.pictures import Pictures
     from mambavision.openmmlab.reporting import progress, start_logging
+    from mambavision.ranges import check_ranges
 
+    check_ranges(args)
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)
