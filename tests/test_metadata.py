@@ -172,7 +172,7 @@ def test_outputs_that_are_not_finite_are_said(content, score, digits, tmp_path, 
 
 
 def test_results_name_files_and_classes_harmlessly(content, digits, tmp_path, capsys):
-    names = ["\x1b[2Jclear", "=cmd|' /C calc'!A0", "two\nlines"]
+    names = ["\x1b[2Jclear\n$", "two\nlines", "=cmd|' /C calc'!A0"]  # one of them is on the contact sheet
     mambavision.save_checkpoint(content | {"classes": names}, tmp_path / "file.pth")
     folder = tmp_path / "images"
     folder.mkdir()

@@ -269,6 +269,14 @@ def test_flags_of_vmamba_are_understood(capsys, tmp_path):
     assert "Did you mean --checkpoint?" in refusal(capsys, validate_options, "--resume", "ckpt_epoch_264.pth")
 
 
+@pytest.mark.parametrize("line", ["trust_checkpoint: true", "trust-checkpoint: yes", "no_trust_checkpoint: false"])
+def test_trust_comes_from_the_command_line_only(line, tmp_path, capsys):
+    message = refusal(capsys, train_options, "--config", str(recipe(tmp_path, line)))
+    assert "is accepted on the command line only, as it lets a checkpoint run any code" in message
+    assert train_options(["--trust-checkpoint"]).trust_checkpoint
+    assert not train_options(["--config", str(recipe(tmp_path, "trust_checkpoint: false"))]).trust_checkpoint
+
+
 def test_settings_of_a_run_are_a_recipe(tmp_path):
     from engine.run import write_settings
 

@@ -180,5 +180,5 @@ def evenly_spread(files: list[Path], limit: int) -> list[Path]:
 
 def _tile(file: Path, best: Candidate, names: list[str], exif_transpose: bool) -> Tile:
     # In a folder that is called like a class, the prediction can be judged.
-    truth = file.parent.name if file.parent.name in names else None
-    return Tile(decode_image(file, exif_transpose=exif_transpose), best.name, best.probability, truth)
+    truth = escaped(file.parent.name) if file.parent.name in names else None
+    return Tile(decode_image(file, exif_transpose=exif_transpose), escaped(best.name), best.probability, truth)

@@ -108,6 +108,7 @@ class Detector:
         from mambavision.openmmlab.config import explained
         from mambavision.openmmlab.inputs import Preparation
         from mambavision.openmmlab.weights import trained_model
+        from mambavision.text import escaped
 
         if "model" not in cfg:
             raise UserError(f"{cfg.filename}: has no model; give the config of a detector.")
@@ -121,7 +122,9 @@ class Detector:
         self._visualizer = DetLocalVisualizer(alpha=0.5)
         palette = meta.get("palette")
         enough = isinstance(palette, (list, tuple)) and len(palette) >= len(self.classes)
-        self._visualizer.dataset_meta = {"classes": self.classes, "palette": palette if enough else "random"}
+        # Matplotlib, which writes the names, takes a dollar for the beginning of mathematics.
+        shown = [escaped(name).replace("$", r"\$") for name in self.classes]
+        self._visualizer.dataset_meta = {"classes": shown, "palette": palette if enough else "random"}
 
     def detect(self, frames: list["Frame"], threshold: float) -> list["DetDataSample"]:
         """Return what each image shows with at least this score, on the CPU."""

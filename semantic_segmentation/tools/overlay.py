@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mambavision.text import escaped
+
 _LEGEND_WIDTH, _LINE_HEIGHT, _MARGIN = 180, 20, 6  # pixels
 _LEAST_LINES = 8
 _PAPER, _INK = (255, 255, 255), (30, 30, 30)
@@ -20,7 +22,7 @@ class Overlay:
     """
 
     def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]], opacity: float = 0.5) -> None:
-        self._classes, self._opacity = classes, opacity
+        self._classes, self._opacity = [escaped(name) for name in classes], opacity
         self._palette = np.array(palette, np.uint8)
         self._font = ImageFont.load_default(size=12)
 

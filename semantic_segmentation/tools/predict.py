@@ -143,7 +143,10 @@ def _classes(config: "Config", checkpoint: dict[str, Any], path: str) -> tuple[l
             f"{path}: names {len(names)} classes, and the model of {config.filename} has {known} (num_classes); give "
             "the config that the checkpoint was trained with."
         )
-    return names, [list(colour) for colour in kept["palette"]]
+    palette = kept.get("palette") or []
+    if len(palette) != len(names):
+        raise CheckpointError(f"{path}: names {len(names)} classes and {len(palette)} colours (dataset_meta.palette).")
+    return names, [list(colour) for colour in palette]
 
 
 if __name__ == "__main__":
