@@ -3,8 +3,6 @@
 import argparse
 import itertools
 import math
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ import yaml
 
 from mambavision.checkpoint import save_checkpoint
 from mambavision.errors import UserError
-from mambavision.files import replacing, sync_directory, unwritable
+from mambavision.files import link, replacing
 
 LAST, BEST, RECOVERY, SETTINGS, SUMMARY = (
     "last.pth.tar",
@@ -122,7 +120,7 @@ class Checkpoints:
         first, *others = (path for path, is_wanted in wanted.items() if is_wanted)
         save_checkpoint(checkpoint, first)
         for path in others:
-            _publish(first, path)
+            link(first, path)
         for dropped_epoch, _ in dropped:
             self._numbered(dropped_epoch).unlink(missing_ok=True)
         (self.folder / RECOVERY).unlink(missing_ok=True)
@@ -142,22 +140,3 @@ class Checkpoints:
 
     def _numbered(self, epoch: int) -> Path:
         return self.folder / f"checkpoint-{epoch}.pth.tar"
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` (a copy where links are impossible), in one step."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            with replacing(target) as copy, source.open("rb") as file:
-                shutil.copyfileobj(file, copy)
-            return
-        os.replace(temporary, target)
-        sync_directory(target.parent)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
