@@ -313,7 +313,7 @@ def test_interrupted_writing_keeps_the_best_weights(tmp_path, monkeypatch, repla
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InterruptionError):
         finish_epoch(checkpoints, 1, 60.0)
-    _, newest = resume.newest_valid(run.resumable_checkpoints(str(tmp_path), "", "run"))
+    _, newest = resume.newest_valid(run.checkpoints_in(tmp_path / "run"))
     assert read_checkpoint(tmp_path / "run" / run.BEST)["metric"] >= newest["checkpoints"]["best"][1]
 
 
