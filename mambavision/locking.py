@@ -42,7 +42,7 @@ class FolderLock:
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            if isinstance(error, OSError | RuntimeError) or isinstance(error, OutputError):
+            if isinstance(error, OSError | RuntimeError | OutputError):
                 self.check()
         finally:
             self.release()

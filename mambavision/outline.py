@@ -7,11 +7,13 @@ import io
 import os
 import pickletools
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 _MOST_BYTES = 256 * 2**20  # of the pickle, in which tensors take some hundred bytes each
 _TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE")
 _NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT")
+_CONSTANTS = frozenset((*_TEXTS, *_NUMBERS, "GLOBAL"))
 _MAPPING = "collections OrderedDict"
 _MARK = object()
 
@@ -41,31 +43,19 @@ def _parse(pickled: bytes) -> Any:
     memo: dict[int, Any] = {}
     for opcode, argument, _ in pickletools.genops(io.BytesIO(pickled)):
         name = opcode.name
-        if name in _TEXTS or name in _NUMBERS or name == "GLOBAL":
+        if name in _CONSTANTS:
             stack.append(argument)
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
+        elif name in _BUILDERS:
+            _BUILDERS[name](stack)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
-        elif name == "REDUCE":
-            _, function = stack.pop(), stack.pop()
-            stack.append({} if function == _MAPPING else None)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = _above_mark(stack) if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-            if isinstance(stack[-1], dict):
-                pairs = zip(items[::2], items[1::2], strict=True)
-                stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
         elif name == "STOP":
-            return stack.pop()
+            break
         else:
             _take(stack, opcode)
-    raise ValueError("no end")
+    return stack.pop()
 
 
 def _above_mark(stack: list[Any]) -> list[Any]:
@@ -73,6 +63,36 @@ def _above_mark(stack: list[Any]) -> list[Any]:
     while (item := stack.pop()) is not _MARK:
         items.append(item)
     return items[::-1]
+
+
+def _reduce(stack: list[Any]) -> None:
+    _, function = stack.pop(), stack.pop()
+    stack.append({} if function == _MAPPING else None)
+
+
+def _set_item(stack: list[Any]) -> None:
+    value, key = stack.pop(), stack.pop()
+    _update(stack[-1], [key, value])
+
+
+def _set_items(stack: list[Any]) -> None:
+    items = _above_mark(stack)
+    _update(stack[-1], items)
+
+
+def _update(target: Any, items: list[Any]) -> None:
+    if isinstance(target, dict):
+        pairs = zip(items[::2], items[1::2], strict=True)
+        target.update((key, value) for key, value in pairs if isinstance(key, str))
+
+
+_BUILDERS: dict[str, Callable[[list[Any]], None]] = {
+    "MARK": lambda stack: stack.append(_MARK),
+    "EMPTY_DICT": lambda stack: stack.append({}),
+    "REDUCE": _reduce,
+    "SETITEM": _set_item,
+    "SETITEMS": _set_items,
+}
 
 
 def _take(stack: list[Any], opcode: pickletools.OpcodeInfo) -> None:

@@ -47,7 +47,7 @@ Position = tuple[float, ...]  # of a checkpoint; greater for newer ones
 
 
 def position(checkpoint: Mapping[str, Any]) -> Position:
-    """Return what is greater for newer checkpoints of a run: the start that wrote it, the epoch, and the batch in it."""
+    """Return what is greater for newer checkpoints of a run: the start that wrote it, epoch, and batch in the epoch."""
     next_batch = checkpoint.get("next_batch")
     batch = math.inf if next_batch is None else number(next_batch)  # None: the epoch is finished
     return number(checkpoint.get(STARTED)), number(checkpoint.get("epoch")), batch
@@ -66,30 +66,40 @@ def number_of_start(positions: Iterable[Position]) -> float:
 
 
 def newest_valid(
-    paths: Iterable[Path], position: Callable[[Mapping[str, Any]], Position] = position
+    paths: Iterable[Path],
+    position: Callable[[Mapping[str, Any]], Position] = position,
+    first_start: float = -math.inf,
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest of some checkpoint files that can be read, with its content, or None.
 
-    Newer files that cannot be read are named in the log. Of several that are equally new, the first is taken.
+    Files that cannot be read are named in the log, unless they are older. Of several that are equally new, the first is
+    taken.
 
     Args:
         paths: The files.
         position: Returns from the content of a file what is greater for newer files. Times of files do not matter:
             they change when files are copied.
+        first_start: Leave out what starts with smaller numbers wrote.
     """
-    for path in in_order(paths, position):
-        try:
-            return path, read_checkpoint(path)
-        except CheckpointError as error:
-            _logger.warning("passed over %s", error)
+    positions = {}
+    for path in paths:
+        outline = read_outline(path) or _read(path)  # without an outline, it is damaged or of an old format
+        if outline is not None:
+            positions[path] = position(outline)
+    own = [path for path, found in positions.items() if found[0] >= first_start]
+    for path in sorted(own, key=positions.__getitem__, reverse=True):
+        content = _read(path)
+        if content is not None:
+            return path, content
     return None
 
 
-def in_order(paths: Iterable[Path], position: Callable[[Mapping[str, Any]], Position] = position) -> list[Path]:
-    """Return checkpoint files, the newest first and those that say nothing last; only their numbers are read."""
-    found = {path: read_outline(path) for path in paths}
-    known = {path: position(outline) for path, outline in found.items() if outline is not None}
-    return sorted(found, key=lambda path: known.get(path, ()), reverse=True)
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        _logger.warning("passed over %s", error)
+        return None
 
 
 def number(value: Any) -> float:

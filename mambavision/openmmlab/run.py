@@ -226,8 +226,7 @@ def _preempted(work_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | Non
     first_start = goes_on(work_dir, resume)
     if first_start is None:
         return None
-    own = (path for path, position in _positions(work_dir).items() if position[0] >= first_start)
-    found = newest_valid(own, _position)
+    found = newest_valid(_checkpoints(work_dir), _position, first_start)
     if found is not None:
         _logger.info("this run was preempted, and goes on; to start anew, give --resume never")
     return found
@@ -261,11 +260,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _positions(folder: Path) -> dict[Path, Position]:
-    outlines = {path: read_outline(path) for path in _checkpoints(folder)}
-    return {path: _position(outline) for path, outline in outlines.items() if outline is not None}
-
-
 def _take_over(work_dir: Path, resume: str, is_new: bool) -> float:
     """Delete what a killed run left half written and, where a new run starts, what a preempted one left.
 
@@ -274,7 +268,8 @@ def _take_over(work_dir: Path, resume: str, is_new: bool) -> float:
     """
     if not is_main_process():
         return 0.0
-    start = number_of_start(_positions(work_dir).values())
+    outlines = map(read_outline, _checkpoints(work_dir))
+    start = number_of_start(_position(outline) for outline in outlines if outline is not None)
     remove_temporaries(work_dir)
     if is_new:
         (work_dir / RECOVERY).unlink(missing_ok=True)
