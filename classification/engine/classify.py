@@ -136,7 +136,7 @@ def _class_names(path: str | None, classifier: Classifier) -> list[str]:
     if path is not None:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file; give a text file with a class name on each line.")
-        names = Path(path).read_text().splitlines()
+        names = Path(path).read_text(encoding="utf-8").splitlines()
         if len(names) != count:
             raise DataError(f"{path}: has {len(names)} names, the model {count} classes.")
         return names

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine.run import SUMMARY
 from mambavision.errors import UserError
 from mambavision.files import replacing
-from mambavision.reporting import console, line_format
+from mambavision.reporting import console, forgive, line_format
 
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0
@@ -107,6 +107,7 @@ class RunReport:
         self._curves_drawn = time.monotonic()
         self._log_file = logging.FileHandler(folder / "train.log", encoding="utf-8")
         self._log_file.setFormatter(line_format())
+        forgive(self._log_file)
         logging.getLogger().addHandler(self._log_file)
 
     def epoch(
