@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import io
 import os
 import re
 import signal
@@ -60,6 +61,8 @@ def run_cli(main: Callable[[], None]) -> None:
     because it is gone or because they were all asked for the same, keep silent and take over its exit status.
     """
     _raise_interruptions()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have characters that it has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check_backend()
         main()

@@ -203,6 +203,8 @@ def log_to(logger: logging.Logger) -> None:
     """Send this package's messages, and those collected until now, where mmengine sends its own."""
     for handler in logger.handlers:
         forgive(handler)
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            handler.stream.reconfigure(encoding="utf-8")  # mmengine takes that of the locale
     own = logging.getLogger("mambavision")
     collected = [record for handler in own.handlers for record in getattr(handler, "buffer", ())]
     own.handlers[:] = logger.handlers
