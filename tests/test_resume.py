@@ -372,26 +372,33 @@ def test_run_that_was_resumed_last_is_taken(train, prepare):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_no_row_is_lost_between_checkpoint_and_summary(train, monkeypatch, moment):
-    undisturbed = summary(train("--epochs", "3", "--experiment", "undisturbed"))
-    write = trainer.report.write_summary
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_no_row_is_lost_between_checkpoint_and_summary(train, monkeypatch, epoch, moment):
+    undisturbed = timeless(train("--epochs", "3", "--experiment", "undisturbed"))
+    write, draw = trainer.report.write_summary, trainer.report.RunReport.draw_curves
 
     def killed(folder, rows):
-        if len(rows) == 2 and moment == "before":
+        if len(rows) == epoch + 1 and moment == "before":
             raise InterruptionError
         write(folder, rows)
-        if len(rows) == 2:
+        if len(rows) == epoch + 1:
             raise InterruptionError
 
     monkeypatch.setattr(trainer.report, "write_summary", killed)
+    monkeypatch.setattr(trainer.report.RunReport, "draw_curves", lambda self: None)
     with pytest.raises(InterruptionError):
         train("--epochs", "3", "--experiment", "killed")
     monkeypatch.setattr(trainer.report, "write_summary", write)
+    monkeypatch.setattr(trainer.report.RunReport, "draw_curves", draw)
     folder = Path("output/train/exp/killed")
-    assert len(summary(folder)) == {"before": 1, "after": 2}[moment]
+    assert len(summary(folder)) == epoch + {"before": 0, "after": 1}[moment]
     train("--epochs", "3", "--experiment", "killed", "--resume", "auto")
-    rows = [{key: value for key, value in row.items() if "per_second" not in key} for row in summary(folder)]
-    assert rows == [{key: value for key, value in row.items() if "per_second" not in key} for row in undisturbed]
+    assert timeless(folder) == undisturbed
+    assert (folder / trainer.report.CURVES).exists()
+
+
+def timeless(folder):
+    return [{key: value for key, value in row.items() if "per_second" not in key} for row in summary(folder)]
 
 
 def test_rows_of_earlier_versions_are_kept(train):

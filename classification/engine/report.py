@@ -170,6 +170,14 @@ def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> No
         file.write(table.getvalue().encode())
 
 
+def complete(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
+    """Write what a run lacks that was killed after its last checkpoint."""
+    if len(read_summary(folder)) < len(rows):
+        write_summary(folder, rows)
+    if rows and not (folder / CURVES).exists():
+        draw_curves(folder / SUMMARY, folder / CURVES)
+
+
 def read_summary(folder: Path) -> list[dict[str, str]]:
     """Return the rows of a run's summary."""
     try:

@@ -183,6 +183,9 @@ class Trainer:
             self._fit()
         else:
             _logger.info("all %d epochs of this run are done; raise --epochs to go on", self.num_epochs)
+            if self.process.is_first and not self.is_new:
+                remove_temporaries(self.folder)
+                report.complete(self.folder, self.rows)
         if self.process.is_first:
             finish(self.folder)
 
