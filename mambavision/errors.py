@@ -81,7 +81,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def _lack_behind(error: BaseException | None) -> str:
-    """Return a sentence about what the system lacks for workers of data loaders; empty if that is not the reason.
+    """Return a sentence about what the system lacks: files, shared memory, characters; empty if that is not the reason.
 
     Nothing is imported or opened here: there may be no file descriptor left.
     """
@@ -91,6 +91,11 @@ def _lack_behind(error: BaseException | None) -> str:
             return (
                 "too many open files for this process; raise their limit (see ulimit -n), or lower the number of data "
                 "loader workers (--workers, in configs num_workers)."
+            )
+        if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+            return (
+                f"{error.object!a}: names of files have no such characters in this locale ({error.encoding}); set "
+                "PYTHONUTF8=1 or LC_ALL=C.UTF-8."
             )
         # The semaphores of multiprocessing are files there, too.
         is_semaphore = isinstance(error, OSError) and _raised_in(error, "synchronize.py")
