@@ -44,7 +44,7 @@ def main() -> None:
     weights = ("--checkpoint", best, "--use-ema", "--device", "cpu")
     run_program("validate.py", "--data-dir", digits, *weights, "--results-file", results, "--results-format", "json")
     run_program("predict.py", digits / "val", *weights, "--out", pictures, "--sheet-limit", "60", quiet=True)
-    top1 = json.loads(results.read_text())["top1"]
+    top1 = json.loads(results.read_text(encoding="utf-8"))["top1"]
     rows = {
         "top-1 on the held-out digits": f"{top1:.2f} %",
         "time of this training": f"{seconds:.0f} s",
@@ -72,7 +72,7 @@ def write_digits(root: Path) -> None:
 
 
 def _images_per_second(folder: Path) -> float:
-    with (folder / "summary.csv").open(newline="") as file:
+    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
         rates = sorted(float(row["train_images_per_second"]) for row in csv.DictReader(file))
     return rates[len(rates) // 2]
 

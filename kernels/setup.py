@@ -89,7 +89,7 @@ class BuildKernels(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         recipe, written = folder / f"{target.stem}.commands", repr((commands, link))
         newest = max(path.stat().st_mtime for path in [Path(__file__), *SOURCES.rglob("*.*")])
-        unchanged = recipe.exists() and recipe.read_text() == written
+        unchanged = recipe.exists() and recipe.read_text(encoding="utf-8") == written
         if unchanged and target.exists() and target.stat().st_mtime > newest:
             return
         objects = {folder / name: command for name, command in commands.items()}
@@ -100,7 +100,7 @@ class BuildKernels(build_ext):
         unfinished = target.with_suffix(f".so.{os.getpid()}")
         subprocess.run([*link, *objects, "-o", unfinished], check=True)
         unfinished.replace(target)  # a process that has the old library loaded keeps it
-        recipe.write_text(written)
+        recipe.write_text(written, encoding="utf-8")
 
 
 class CannotBuildError(Exception):

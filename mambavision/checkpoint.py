@@ -83,6 +83,21 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
     return dict(content)
 
 
+def read_outline(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Read what a file of ``torch.save`` holds besides the data of its tensors: to compare files without reading all.
+
+    That a file has an outline does not mean that its tensors are whole.
+
+    Returns:
+        The dictionary in the file, its tensors on the meta device; None if the file cannot be read as a checkpoint.
+    """
+    try:
+        content = unpickling.load(Path(path), with_data=False)
+    except Exception:  # whatever a reader comes to in a damaged file; `read_checkpoint` says what is wrong
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _content(path: Path, head: bytes, trust: bool) -> Any:
     if _is_safetensors(head):
         return safetensors.torch.load_file(path, device="cpu")

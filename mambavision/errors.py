@@ -1,6 +1,7 @@
 """Errors a user can mend: one sentence that says what is wrong, where, and what to do."""
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -71,10 +72,49 @@ def run_cli(main: Callable[[], None]) -> None:
         _end(f"error: {escaped(_sentence(error))}", error.exit_status)
     except Interruption as interruption:
         _end(f"interrupted{escaped(interruption.advice)}", interruption.exit_status, was_asked=True)
-    except Exception:
+    except Exception as error:
+        lack = _lack_behind(error)
+        if lack:
+            sys.unraisablehook = lambda *_: None  # half-built loaders complain when they are taken down
+            _end(f"error: {escaped(lack)}", IO_FAILURE)
         if _rank() is None:
             raise
         _end(traceback.format_exc().rstrip(), 1)
+
+
+def _lack_behind(error: BaseException | None) -> str:
+    """Return a sentence about what the system lacks: files, shared memory, characters; empty if that is not the reason.
+
+    Nothing is imported or opened here: there may be no file descriptor left.
+    """
+    while error is not None:
+        number, text = getattr(error, "errno", None), str(error)
+        if number in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in text:
+            return (
+                "too many open files for this process; raise their limit (see ulimit -n), or lower the number of data "
+                "loader workers (--workers, in configs num_workers)."
+            )
+        if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+            return (
+                f"{error.object!a}: names of files have no such characters in this locale ({error.encoding}); set "
+                "PYTHONUTF8=1 or LC_ALL=C.UTF-8."
+            )
+        # The semaphores of multiprocessing are files there, too.
+        is_semaphore = isinstance(error, OSError) and _raised_in(error, "synchronize.py")
+        if is_semaphore or "shared memory" in text:
+            reason = re.split(r"\n|\. ", text.strip())[0].rstrip(".")
+            return (
+                f"/dev/shm: the workers of data loaders cannot use it ({reason}); make it writable and larger (docker "
+                "run --shm-size=8g or --ipc=host), or load the data without workers (--workers 0, in configs "
+                "num_workers=0)."
+            )
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _raised_in(error: BaseException, file: str) -> bool:
+    last = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    return any(os.path.basename(name) == file for name in last)
 
 
 def _end(text: str, status: int, was_asked: bool = False) -> NoReturn:

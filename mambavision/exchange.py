@@ -1,12 +1,16 @@
 """Values that the processes of a run exchange; all of them take part."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from mambavision.errors import UserError
 from mambavision.launch import Process
+
+T = TypeVar("T")
 
 
 def of_first(value: Any, process: Process, device: torch.device) -> Any:
@@ -16,6 +20,22 @@ def of_first(value: Any, process: Process, device: torch.device) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0, device=device)
     return values[0]
+
+
+def by_first(action: Callable[[], T], process: Process, device: torch.device) -> T:
+    """Let the first process do something; return its result on all processes, or raise its UserError on all."""
+    result = error = None
+    if process.is_first:
+        try:
+            result = action()
+        except UserError as raised:
+            if not process.is_distributed:
+                raise
+            error = raised
+    result, error = of_first((result, error), process, device)
+    if error is not None:
+        raise error
+    return result
 
 
 def of_all(value: Any, process: Process) -> list[Any]:

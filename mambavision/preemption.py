@@ -31,6 +31,7 @@ NEVER = "never"  # what a command says of resuming to start anew
 RECORD = "unfinished.json"  # in the folder of a run, until its end
 _DEFAULT_REQUEUES = 100
 _SLURM_SECONDS = 60  # for an answer of its controller
+_LOCK_SECONDS = 120.0
 _ECHO_SECONDS = 2.0  # in which a second signal means the same as the first
 
 
@@ -130,16 +131,24 @@ def leave_preempted(process: Process, folder: Path, advice: str) -> NoReturn:
     raise Preempted(advice)
 
 
-def begin(folder: Path, resume: str, is_new: bool, environment: Mapping[str, str] = os.environ) -> None:
+def begin(
+    folder: Path,
+    resume: str,
+    is_new: bool,
+    environment: Mapping[str, str] = os.environ,
+    number: float | None = None,
+) -> None:
     """Note in the folder of a run how it was started, for `goes_on`.
 
     Args:
         folder: Where it writes.
         resume: What its command says of resuming.
         is_new: Or does it go on with what is there?
+        number: Of this start, see `mambavision.resume.number_of_start`; by default the time.
     """
     before = {} if is_new else _record(folder)
-    _write(folder, {"resume": resume, "preempted": False, "began": time.time()} | before | {"job": _job(environment)})
+    first = time.time() if number is None else number
+    _write(folder, {"resume": resume, "preempted": False, "first": first} | before | {"job": _job(environment)})
 
 
 def mark(folder: Path) -> None:
@@ -153,7 +162,7 @@ def finish(folder: Path) -> None:
 
 
 def goes_on(folder: Path, resume: str, environment: Mapping[str, str] = os.environ) -> float | None:
-    """Return when the run in a folder began, if a command goes on with it without being told to, or None.
+    """Return the number of the first start of the run in a folder, if a command goes on with it unasked, or None.
 
     It does if Slurm has restarted the job that the run belongs to, whatever the command says of resuming: that was for
     the job's first start. Otherwise if the run was preempted, unless the command asks for something else than before.
@@ -161,23 +170,35 @@ def goes_on(folder: Path, resume: str, environment: Mapping[str, str] = os.envir
     Args:
         folder: Of a run.
         resume: What the command says of resuming; empty for nothing.
+
+    Returns:
+        Checkpoints of starts with smaller numbers are not of this run. 0 for runs of versions without numbers.
     """
     record = _record(folder)
     is_same_job = _restarts(environment) > 0 and record.get("job") == _job(environment)
     is_same_command = record.get("preempted") and resume in ("", record.get("resume")) and resume != NEVER
-    return record.get("began", 0.0) if is_same_job or is_same_command else None
+    return record.get("first", 0.0) if is_same_job or is_same_command else None
 
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
     with replacing(folder / RECORD) as file:
         file.write(json.dumps(record).encode())
+
+
+def patience(environment: Mapping[str, str] = os.environ) -> float:
+    """Return how many seconds a start waits for an earlier one to let go of the run's folder.
+
+    Slurm also restarts jobs whose machine has died, and a file server keeps the locks of a dead machine for a while.
+    """
+    return _LOCK_SECONDS if _restarts(environment) > 0 else 0.0
 
 
 def _job(environment: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """Log lines of the programs of all tasks, in harmony with progress bars on a terminal."""
 
+import contextlib
 import logging
 import sys
 
@@ -19,6 +20,7 @@ def start_logging(is_first: bool = True) -> None:
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(line_format())
+    forgive(handler)
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, handlers=[handler], force=True)
     for noisy in ("httpx", "matplotlib", "PIL", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -45,3 +47,19 @@ class EscapeOwnMessages(logging.Filter):
         if record.name.startswith("mambavision"):
             record.msg, record.args = escaped(record.getMessage()), None
         return True
+
+
+def forgive(handler: logging.Handler) -> None:
+    """Let the work go on when log lines cannot be written, such as to a full disk: say so once."""
+    original = handler.handleError
+
+    def give_up(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            original(record)
+            return
+        handler.handle = lambda record: False
+        with contextlib.suppress(OSError):
+            print(f"warning: log lines cannot be written ({error}); the work goes on without them", file=sys.stderr)
+
+    handler.handleError = give_up

@@ -1,6 +1,7 @@
-"""Random numbers that depend on stated numbers alone, not on what was drawn before."""
+"""Random numbers that depend on stated numbers alone, not on what was drawn before, and numbers for workers."""
 
 import contextlib
+import mmap
 import random
 from collections.abc import Iterator
 
@@ -40,3 +41,12 @@ def _preserved_random_state() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
+
+
+def shared_zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros in memory that this process shares with the workers of its data loaders."""
+    zeros = torch.zeros(count, dtype=dtype)
+    try:
+        return zeros.share_memory_()
+    except (RuntimeError, OSError):  # /dev/shm is full or read-only: this one is shared by forked workers at least
+        return torch.frombuffer(mmap.mmap(-1, max(1, zeros.nbytes)), dtype=dtype, count=count) if count else zeros

@@ -313,7 +313,7 @@ def test_interrupted_writing_keeps_the_best_weights(tmp_path, monkeypatch, repla
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InterruptionError):
         finish_epoch(checkpoints, 1, 60.0)
-    _, newest = resume.newest_valid(run.resumable_checkpoints(str(tmp_path), "", "run"))
+    _, newest = resume.newest_valid(run.checkpoints_in(tmp_path / "run"))
     assert read_checkpoint(tmp_path / "run" / run.BEST)["metric"] >= newest["checkpoints"]["best"][1]
 
 
@@ -333,3 +333,80 @@ def test_repeated_epoch_takes_the_place_of_its_first_run(tmp_path):
         finish_epoch(checkpoints, epoch, metric)
     assert checkpoints.kept == [(2, 70.0), (1, 55.0)]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1.pth.tar", "checkpoint-2.pth.tar"}
+
+
+# Which is the newest
+
+
+def test_times_of_files_do_not_matter(train, prepare):
+    folder = train("--epochs", "3", "--checkpoint-hist", "3")
+    for age, path in enumerate(sorted(folder.glob("*.pth.tar"))):  # last.pth.tar looks oldest
+        os.utime(path, (10**9 - age, 10**9 - age))
+    shutil.copy(folder / "checkpoint-0.pth.tar", folder / "checkpoint-9.pth.tar")
+    (folder / "checkpoint-9.pth.tar").touch()
+    assert prepare("--resume", "auto").first_epoch == 3
+    (folder / run.LAST).unlink()
+    assert prepare("--resume", "auto").first_epoch == 3
+    (folder / "checkpoint-2.pth.tar").unlink()
+    assert prepare("--resume", "auto").first_epoch == 2
+
+
+def test_run_that_went_back_is_gone_on_with_from_there(train, prepare):
+    folder = train("--epochs", "4", "--checkpoint-hist", "4")
+    train("--epochs", "2", "--checkpoint-hist", "4", "--resume", folder / "checkpoint-0.pth.tar")
+    assert (folder / "checkpoint-3.pth.tar").exists()
+    assert [row["epoch"] for row in summary(folder)] == ["0", "1"]
+    assert prepare("--resume", "auto").first_epoch == 2
+
+
+def test_run_that_was_resumed_last_is_taken(train, prepare):
+    train("--epochs", "1", "--experiment", "a")
+    train("--epochs", "2", "--experiment", "b")
+    train("--epochs", "2", "--resume", "output/train/exp/a/last.pth.tar")
+    for path in Path("output/train/exp/a").iterdir():
+        os.utime(path, (1, 1))
+    assert prepare("--resume", "auto").folder == Path("output/train/exp/a")
+
+
+# The summary
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_no_row_is_lost_between_checkpoint_and_summary(train, monkeypatch, epoch, moment):
+    undisturbed = timeless(train("--epochs", "3", "--experiment", "undisturbed"))
+    write, draw = trainer.report.write_summary, trainer.report.RunReport.draw_curves
+
+    def killed(folder, rows):
+        if len(rows) == epoch + 1 and moment == "before":
+            raise InterruptionError
+        write(folder, rows)
+        if len(rows) == epoch + 1:
+            raise InterruptionError
+
+    monkeypatch.setattr(trainer.report, "write_summary", killed)
+    monkeypatch.setattr(trainer.report.RunReport, "draw_curves", lambda self: None)
+    with pytest.raises(InterruptionError):
+        train("--epochs", "3", "--experiment", "killed")
+    monkeypatch.setattr(trainer.report, "write_summary", write)
+    monkeypatch.setattr(trainer.report.RunReport, "draw_curves", draw)
+    folder = Path("output/train/exp/killed")
+    assert len(summary(folder)) == epoch + {"before": 0, "after": 1}[moment]
+    train("--epochs", "3", "--experiment", "killed", "--resume", "auto")
+    assert timeless(folder) == undisturbed
+    assert (folder / trainer.report.CURVES).exists()
+
+
+def timeless(folder):
+    return [{key: value for key, value in row.items() if "per_second" not in key} for row in summary(folder)]
+
+
+def test_rows_of_earlier_versions_are_kept(train):
+    folder = train("--epochs", "2")
+    before = summary(folder)
+    checkpoint = read_checkpoint(folder / run.LAST)
+    del checkpoint["summary"]
+    mambavision.save_checkpoint(checkpoint, folder / run.LAST)
+    train("--epochs", "3", "--resume", folder / run.LAST)
+    assert summary(folder)[:2] == before
+    assert len(summary(folder)) == 3

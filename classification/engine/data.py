@@ -21,6 +21,7 @@ from torchvision.datasets import DatasetFolder
 from mambavision.errors import DataError, UserError
 from mambavision.inputs import check_tree
 from mambavision.launch import this_process
+from mambavision.seeding import shared_zeros
 
 _logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class FolderDataset(ImageDataset):
         self.root = root
         self.exif_transpose = exif_transpose
         self.skip_corrupt = skip_corrupt
-        self._is_corrupt = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # written by worker processes
+        self._is_corrupt = shared_zeros(len(self), torch.bool)  # written by worker processes
 
     @property
     def corrupt_files(self) -> list[str]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 
 from mambavision.errors import UserError
 from mambavision.preemption import shield_worker
-from mambavision.seeding import seeded
+from mambavision.seeding import seeded, shared_zeros
 
 _DEFAULT_WORKERS = 8
 
@@ -41,7 +41,7 @@ class SeededDataset(Dataset):
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive epochs
+        self.epoch = shared_zeros(1, torch.int64)  # workers outlive epochs
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
     def recipe_words(self, path: str) -> list[str]:
         """Return the command-line words that stand for a YAML recipe."""
         try:
-            recipe = yaml.safe_load(Path(path).read_text()) or {}
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"{path}: cannot be read as a YAML recipe ({' '.join(str(error).split())})")
         if not isinstance(recipe, dict):

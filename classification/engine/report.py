@@ -1,21 +1,21 @@
 """What a run tells: a progress bar on a terminal, TensorBoard, Weights & Biases, summary and curves."""
 
 import csv
+import io
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.utils.summary import trim_summary, update_summary
 
 from engine.run import SUMMARY
 from mambavision.errors import UserError
 from mambavision.files import replacing
-from mambavision.reporting import console, line_format
+from mambavision.reporting import console, forgive, line_format
 
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0
@@ -102,12 +102,12 @@ class RunReport:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.folder = folder
-        trim_summary(str(folder / SUMMARY), first_epoch)
         self._writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
         self._wandb = _start_wandb(folder, settings) if use_wandb else None
         self._curves_drawn = time.monotonic()
-        self._log_file = logging.FileHandler(folder / "train.log")
+        self._log_file = logging.FileHandler(folder / "train.log", encoding="utf-8")
         self._log_file.setFormatter(line_format())
+        forgive(self._log_file)
         logging.getLogger().addHandler(self._log_file)
 
     def epoch(
@@ -118,9 +118,7 @@ class RunReport:
         averaged: Mapping[str, float] | None,
         lr: float,
     ) -> None:
-        """Record an epoch; the averaged weights' scores take the place of the raw ones in the summary."""
-        judged = averaged or validation
-        update_summary(epoch, train, judged, str(self.folder / SUMMARY), lr=lr)
+        """Record an epoch, which is in the summary already."""
         scalars = {
             "perf/test_acc1": validation["top1"],
             "perf/test_loss": validation["loss"],
@@ -142,13 +140,51 @@ class RunReport:
         self._curves_drawn = time.monotonic()
 
     def close(self) -> None:
-        if (self.folder / SUMMARY).exists():
+        if read_summary(self.folder):
             self.draw_curves()
         logging.getLogger().removeHandler(self._log_file)
         self._log_file.close()
         self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def summary_row(
+    epoch: int, train: Mapping[str, float], validation: Mapping[str, float], lr: float
+) -> dict[str, float | str]:
+    """Return an epoch's row of the summary, with the columns of timm's."""
+    row = {"epoch": epoch}
+    row |= {f"train_{key}": value for key, value in train.items()}
+    return row | {f"eval_{key}": value for key, value in validation.items()} | {"lr": lr}
+
+
+def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
+    """Write the summary of all epochs so far."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns)
+    if rows:
+        writer.writeheader()
+    writer.writerows(rows)
+    with replacing(folder / SUMMARY) as file:
+        file.write(table.getvalue().encode())
+
+
+def complete(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
+    """Write what a run lacks that was killed after its last checkpoint."""
+    if len(read_summary(folder)) < len(rows):
+        write_summary(folder, rows)
+    if rows and not (folder / CURVES).exists():
+        draw_curves(folder / SUMMARY, folder / CURVES)
+
+
+def read_summary(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's summary."""
+    try:
+        with (folder / SUMMARY).open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
+    except FileNotFoundError:
+        return []
 
 
 def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
@@ -164,8 +200,7 @@ def draw_curves(summary: Path, picture: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import MaxNLocator
 
-    with summary.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_summary(summary.parent)
     epochs = [int(row["epoch"]) for row in rows]
     panels = [
         ("loss", {"training": "train_loss", "validation": "eval_loss"}),

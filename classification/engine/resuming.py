@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import torch
 from engine import metadata, run
 from mambavision import resume
 from mambavision.checkpoint import read_checkpoint
-from mambavision.errors import CheckpointError
-from mambavision.exchange import of_first
+from mambavision.errors import CheckpointError, UserError
+from mambavision.exchange import by_first
 from mambavision.launch import Process
-from mambavision.preemption import NEVER, finish, goes_on
+from mambavision.locking import FolderLock
+from mambavision.preemption import NEVER, finish, goes_on, patience
 
 _logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # a value of --resume, as NEVER is
+
+Found = tuple[Path, dict[str, Any]]  # a checkpoint file and its content
 
 
 @dataclass(frozen=True)
@@ -63,31 +66,36 @@ def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, dict) else vars(settings)
 
 
-def find(args: argparse.Namespace, process: Process, device: torch.device) -> Resumed | None:
+def find(
+    args: argparse.Namespace, process: Process, device: torch.device, lock: FolderLock | None = None
+) -> Resumed | None:
     """Return the checkpoint that a command goes on from, or None if it starts anew; for all processes together.
 
-    A run that was preempted goes on unasked, when the command is the one that it was started by.
+    A run that was preempted goes on unasked, when the command is the one that it was started by. Of several runs of a
+    tag, ``--resume auto`` takes the one that was started or resumed last, and of its checkpoints that can be read the
+    one of the latest epoch and batch.
+
+    Args:
+        lock: Takes the folder of the run, before a checkpoint in it is chosen. Without it, nothing is to be written.
+
+    Raises:
+        UserError: The run is still training.
     """
-    found = _preempted(args) if process.is_first else None
-    path, is_unasked = of_first((found and found[0], found is not None), process, device)
-    if path is None and args.resume == NEVER:
-        if process.is_first:
-            for folder in _same_runs(args):
-                finish(folder)
-        return None
-    if path is None and args.resume == AUTO:
-        files = run.resumable_checkpoints(args.output, args.tag, args.experiment)
-        found = resume.newest_valid(files) if process.is_first else None
-        path = of_first(found and found[0], process, device)
-        if path is None:
+    found: Found | None = None
+
+    def choose() -> tuple[Path | None, bool]:
+        nonlocal found
+        found, is_unasked = _choose(args, lock)
+        return found and found[0], is_unasked
+
+    path, is_unasked = by_first(choose, process, device)
+    if path is None:
+        if args.resume == AUTO:
             folder = run.runs_folder(args.output, args.tag) / args.experiment
             _logger.info("nothing to resume in %s: starting anew", folder)
-    if path is None and args.resume not in ("", AUTO):
-        path = Path(args.resume)
-        found = path, read_checkpoint(path, args.trust_checkpoint)
-    if path is None:
         return None
-    checkpoint = found[1] if found else read_checkpoint(path)
+    is_named = not is_unasked and args.resume != AUTO
+    checkpoint = found[1] if found else read_checkpoint(path, is_named and args.trust_checkpoint)
     if checkpoint.get("epoch") is None:
         raise CheckpointError(f"{path}: does not say its epoch; start from its weights with --initial-checkpoint.")
     metadata.check_training(checkpoint, str(path))
@@ -98,10 +106,45 @@ def find(args: argparse.Namespace, process: Process, device: torch.device) -> Re
     return Resumed(path, checkpoint, not args.no_resume_opt, args.start_epoch)
 
 
-def _preempted(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint of a preempted run that was started by this command."""
-    folders = [folder for folder in _same_runs(args) if goes_on(folder, args.resume) is not None]
-    return resume.newest_valid(path for folder in folders for path in run.checkpoints_in(folder))
+def _choose(args: argparse.Namespace, lock: FolderLock | None) -> tuple[Found | None, bool]:
+    """Return path and content of the checkpoint to go on from, and whether its run goes on unasked."""
+    preempted = [folder for folder in _same_runs(args) if goes_on(folder, args.resume) is not None]
+    if (found := _newest(preempted, lock)) is not None:
+        return found, True
+    if args.resume == AUTO:
+        return _newest(run.run_folders(args.output, args.tag, args.experiment), lock), False
+    if args.resume in ("", NEVER):
+        return None, False
+    path = Path(args.resume)
+    if lock is not None and (folder := run.folder_of(path)) is not None:
+        lock.acquire(folder, "or resume from a copy of the file", patience=patience())
+    return (path, read_checkpoint(path, args.trust_checkpoint)), False
+
+
+def _newest(folders: Iterable[Path], lock: FolderLock | None) -> Found | None:
+    """Return the newest checkpoint of the newest run that has one, and take the folder of that run."""
+    newest_first = sorted(folders, key=lambda folder: (run.position_of(folder), folder.name), reverse=True)
+    for folder in newest_first:
+        if lock is not None and run.checkpoints_in(folder):
+            lock.acquire(folder, "or name another run with --experiment or --resume FILE", patience=patience())
+        found = resume.newest_valid(run.checkpoints_in(folder))
+        if found is not None:
+            return found
+        if lock is not None:
+            lock.release()
+    return None
+
+
+def forget_preempted(args: argparse.Namespace, own: Path) -> None:
+    """Let preempted runs of this command, in the place of which one in `own` starts, not go on unasked any more."""
+    for folder in _same_runs(args):
+        if folder != own:
+            try:
+                with FolderLock() as lock:
+                    lock.acquire(folder, "or let it be")
+                    finish(folder)
+            except UserError as error:
+                _logger.warning("goes on unasked as before: %s", error)
 
 
 def _same_runs(args: argparse.Namespace) -> list[Path]:

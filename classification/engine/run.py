@@ -3,8 +3,6 @@
 import argparse
 import itertools
 import math
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +11,11 @@ from typing import Any
 
 import yaml
 
-from mambavision.checkpoint import save_checkpoint
+from mambavision.checkpoint import read_outline, save_checkpoint
 from mambavision.errors import UserError
-from mambavision.files import replacing, sync_directory, unwritable
+from mambavision.files import link, replacing
+from mambavision.locking import FolderLock
+from mambavision.resume import Position, position
 
 LAST, BEST, RECOVERY, SETTINGS, SUMMARY = (
     "last.pth.tar",
@@ -24,6 +24,7 @@ LAST, BEST, RECOVERY, SETTINGS, SUMMARY = (
     "args.yaml",
     "summary.csv",
 )
+_NUMBERED = "checkpoint-"
 
 
 def runs_folder(output: str, tag: str) -> Path:
@@ -46,19 +47,49 @@ def new_run_folder(output: str, tag: str, experiment: str, model: str, size: int
     return next(parent / name for name in names if not (parent / name).exists())
 
 
+def claim_new_folder(
+    lock: FolderLock, output: str, tag: str, experiment: str, model: str, size: int, patience: float = 0.0
+) -> Path:
+    """Return the folder of a new run as `new_run_folder` does, and make it this run's alone.
+
+    Raises:
+        UserError: The experiment has checkpoints, or is training.
+    """
+    advice = "or name another --experiment"
+    if experiment:
+        lock.acquire(runs_folder(output, tag) / experiment, advice, patience=patience)
+        return new_run_folder(output, tag, experiment, model, size)
+    while True:
+        folder = new_run_folder(output, tag, experiment, model, size)
+        try:
+            lock.acquire(folder, advice, new=True)
+        except FileExistsError:  # made by a run that was started in the same second
+            continue
+        return folder
+
+
 def run_folders(output: str, tag: str, experiment: str) -> list[Path]:
     """Return the folder of an experiment or, without one, those of all runs of a tag."""
     parent = runs_folder(output, tag)
     return [parent / experiment] if experiment else list(parent.glob("*/"))
 
 
-def resumable_checkpoints(output: str, tag: str, experiment: str) -> list[Path]:
-    """Return the checkpoints of an experiment or, without one, of all runs of a tag."""
-    return [path for folder in run_folders(output, tag, experiment) for path in checkpoints_in(folder)]
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
-    return [path for name in (LAST, RECOVERY, "checkpoint-*.pth.tar") for path in folder.glob(name)]
+    return [path for name in (LAST, RECOVERY, f"{_NUMBERED}*.pth.tar") for path in folder.glob(name)]
+
+
+def positions_in(folder: Path) -> list[Position]:
+    """Return the positions of the checkpoints of a run."""
+    return [position(outline) for path in checkpoints_in(folder) if (outline := read_outline(path)) is not None]
+
+
+def position_of(folder: Path) -> Position:
+    """Return the position of the newest checkpoint of a run; empty if there is none."""
+    numbered = folder.glob(f"{_NUMBERED}*.pth.tar")
+    for paths in ([folder / LAST, folder / RECOVERY], numbered):  # the others are never newer than these two
+        if known := [position(outline) for path in paths if (outline := read_outline(path)) is not None]:
+            return max(known)
+    return ()
 
 
 def folder_of(checkpoint: Path) -> Path | None:
@@ -82,7 +113,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings of a run, or None if they are not there or unreadable."""
     try:
-        return yaml.safe_load((folder / SETTINGS).read_text())
+        return yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
 
@@ -123,7 +154,7 @@ class Checkpoints:
         first, *others = (path for path, is_wanted in wanted.items() if is_wanted)
         save_checkpoint(checkpoint, first)
         for path in others:
-            _publish(first, path)
+            link(first, path)
         for dropped_epoch, _ in dropped:
             self._numbered(dropped_epoch).unlink(missing_ok=True)
         (self.folder / RECOVERY).unlink(missing_ok=True)
@@ -142,23 +173,4 @@ class Checkpoints:
         return -metric if self.lower_is_better else metric
 
     def _numbered(self, epoch: int) -> Path:
-        return self.folder / f"checkpoint-{epoch}.pth.tar"
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` (a copy where links are impossible), in one step."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            with replacing(target) as copy, source.open("rb") as file:
-                shutil.copyfileobj(file, copy)
-            return
-        os.replace(temporary, target)
-        sync_directory(target.parent)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        return self.folder / f"{_NUMBERED}{epoch}.pth.tar"

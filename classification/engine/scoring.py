@@ -84,7 +84,7 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str | None, str]]:
 
 def _model_names(model: str) -> list[str]:
     if Path(model).is_file():
-        return Path(model).read_text().split()
+        return Path(model).read_text(encoding="utf-8").split()
     return expand_model_name(model, pretrained=True, include_tags=False)
 
 
@@ -202,7 +202,7 @@ def _columns(path: str | None, num_classes: int) -> list[int] | None:
     if path is None:
         return None
     try:
-        columns = [int(line) for line in Path(path).read_text().split()]
+        columns = [int(line) for line in Path(path).read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is not a list of class indices, one on each line ({error}).") from error
     outside = [index for index in columns if not 0 <= index < num_classes]

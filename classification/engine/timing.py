@@ -164,7 +164,7 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> float | Non
 
 
 def _resident_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 

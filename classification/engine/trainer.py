@@ -23,11 +23,21 @@ from engine.values import check_values
 from mambavision import resume
 from mambavision.checkpoint import save_checkpoint
 from mambavision.errors import Interruption
-from mambavision.exchange import mean, of_all, of_first
+from mambavision.exchange import by_first, mean, of_all
 from mambavision.files import check_writable, remove_temporaries
 from mambavision.finite import FiniteGuard, NonFiniteError
 from mambavision.launch import Process, join, leave, pick_device, this_process
-from mambavision.preemption import AskedToLeaveError, Preempted, StopSignals, begin, finish, leave_preempted
+from mambavision.locking import FolderLock
+from mambavision.preemption import (
+    NEVER,
+    AskedToLeaveError,
+    Preempted,
+    StopSignals,
+    begin,
+    finish,
+    leave_preempted,
+    patience,
+)
 from mambavision.ranges import check_ranges
 from mambavision.reporting import start_logging
 
@@ -47,20 +57,35 @@ def train(args: argparse.Namespace) -> None:
     check_values(args)
     join(process, device)
     with StopSignals() as signals:
-        trainer = Trainer(args, process, device, signals)
         if args.validate_only:
-            trainer.validate_only()
+            Trainer(args, process, device, signals).validate_only()
         else:
-            trainer.fit()
+            with FolderLock() as lock:
+                Trainer(args, process, device, signals, lock).fit()
     leave(process)  # not after an error: the other processes would be waited for in vain
 
 
 class Trainer:
-    """A training run of one process. Nothing is written before everything is built."""
+    """A training run of one process. Nothing is written before everything is built.
 
-    def __init__(self, args: argparse.Namespace, process: Process, device: torch.device, signals: StopSignals) -> None:
-        self.args, self.process, self.device, self.signals = args, process, device, signals
-        check_writable(run.runs_folder(args.output, args.tag) / run.SETTINGS)
+    Args:
+        args: From the command line.
+        process: This process.
+        device: Where it trains.
+        signals: Ask the run to leave.
+        lock: Takes the run's folder, on the first process. Without it, nothing is to be written.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        process: Process,
+        device: torch.device,
+        signals: StopSignals,
+        lock: FolderLock | None = None,
+    ) -> None:
+        self.args, self.process, self.device, self.signals, self.lock = args, process, device, signals, lock
+        check_writable(run.runs_folder(args.output, args.tag) / args.experiment / run.SETTINGS)
         self.log_dir = Path(f"{args.log_dir.rstrip('/')}_{args.tag}") if args.log_dir else None
         if self.log_dir:
             check_writable(self.log_dir / run.SETTINGS)
@@ -70,7 +95,7 @@ class Trainer:
 
         train_data, validation_data, self.classes = build.open_data(args)
         self.datasets = (train_data, validation_data)
-        resumed = resuming.find(args, process, device)
+        resumed = resuming.find(args, process, device, lock)
         if resumed:
             check_same_classes(resumed.checkpoint.get("classes"), self.classes, "the checkpoint", "the data")
         self.model_arguments = build.model_arguments(args, self.classes)
@@ -87,8 +112,10 @@ class Trainer:
         self.is_new = not (resumed and resumed.folder)
         self.folder = self._new_folder() if self.is_new else resumed.folder
         self.checkpoints = run.Checkpoints(self.folder, args.checkpoint_hist, args.eval_metric == "loss")
+        self.start = resume.number_of_start(run.positions_in(self.folder) if process.is_first else ())
         if resumed:
             self._find_position(resumed)
+        self.rows = self._rows_before(resumed)
         self.last_complete_epoch = self.first_epoch - 1
         updates = self.first_epoch * self._steps(len(self.batches.train)) + self._steps(self.first_batch)
         self.learner.go_to(self.first_epoch, updates, resumed)
@@ -103,14 +130,26 @@ class Trainer:
     def _new_folder(self) -> Path:
         args = self.args
         size = args.input_size[-1] if args.input_size else self.batches.config["input_size"][-1]
-        folder = run.new_run_folder(args.output, args.tag, args.experiment, args.model, size)
-        return of_first(folder, self.process, self.device)
+        words = (args.output, args.tag, args.experiment, args.model, size)
+        if self.lock is None:
+            return by_first(partial(run.new_run_folder, *words), self.process, self.device)
+        claim = partial(run.claim_new_folder, self.lock, *words, patience())
+        return by_first(claim, self.process, self.device)
 
     def _find_position(self, resumed: resuming.Resumed) -> None:
         is_stream = isinstance(self.datasets[0], IterableDataset)
         self.first_epoch, self.first_batch = resumed.position(self._batching(), is_stream)
         if "checkpoints" in resumed.checkpoint:
             self.checkpoints.load_state(resumed.checkpoint["checkpoints"])
+
+    def _rows_before(self, resumed: resuming.Resumed | None) -> list[dict[str, Any]]:
+        """Return the rows of the summary for the epochs before the first: those in the checkpoint are complete."""
+        if resumed is None:
+            return []
+        rows = resumed.checkpoint.get("summary")
+        if not isinstance(rows, list):  # of an earlier version
+            rows = report.read_summary(self.folder)
+        return [row for row in rows if int(row["epoch"]) < self.first_epoch]
 
     def _restore_own_state(self, resumed: resuming.Resumed) -> None:
         """Restore what differs between processes: last, as DDP spreads the buffers of the first when it wraps."""
@@ -146,6 +185,9 @@ class Trainer:
             self._fit()
         else:
             _logger.info("all %d epochs of this run are done; raise --epochs to go on", self.num_epochs)
+            if self.process.is_first and not self.is_new:
+                remove_temporaries(self.folder)
+                report.complete(self.folder, self.rows)
         if self.process.is_first:
             finish(self.folder)
 
@@ -183,11 +225,14 @@ class Trainer:
         args = self.args
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.folder)
+        if self.is_new and args.resume == NEVER:
+            resuming.forget_preempted(args, self.folder)
         settings = run.settings_of(args)
         run.write_settings(self.folder, settings)
-        begin(self.folder, args.resume, self.is_new)
+        begin(self.folder, args.resume, self.is_new, number=self.start)
         log_dir = self.log_dir or self.folder / "tensorboard"
         reporter = report.RunReport(self.folder, log_dir, self.first_epoch, settings, args.log_wandb)
+        report.write_summary(self.folder, self.rows)
         parameters = sum(parameter.numel() for parameter in self.learner.task.get_trainable_module().parameters())
         _logger.info(
             "%s: %.1f M parameters on %s x %d, %d epochs of %d batches of %d; writing to %s",
@@ -229,10 +274,13 @@ class Trainer:
         lr = self.learner.lr
         self.learner.scheduler.step(epoch + 1, judged[args.eval_metric])
         is_best = self.checkpoints.rank(epoch, judged[args.eval_metric])
-        if not args.no_saver:
+        training = {"loss": train_loss, "images_per_second": round(images_per_second, 1)}
+        self.rows.append(report.summary_row(epoch, training, judged, lr))
+        if not args.no_saver:  # with the row: no summary lacks it, whenever the run is killed
             self._save(epoch, is_best=is_best)
         if reporter is not None:
-            training = {"loss": train_loss, "images_per_second": round(images_per_second, 1)}
+            self._check_folder()
+            report.write_summary(self.folder, self.rows)
             reporter.epoch(epoch, training, scores["raw"], scores.get("averaged"), lr)
         best_epoch, best = self.checkpoints.best
         remaining = (time.monotonic() - started) * (self.num_epochs - 1 - epoch)
@@ -356,11 +404,16 @@ class Trainer:
         checkpoint = self._state(epoch, next_batch)  # all processes take part
         if not self.process.is_first:
             return
+        self._check_folder()
         if next_batch is None:
             self.checkpoints.write(checkpoint, epoch, is_best)
             self.last_complete_epoch = epoch
         else:
             save_checkpoint(checkpoint, self.folder / run.RECOVERY)
+
+    def _check_folder(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
     def _state(self, epoch: int, next_batch: int | None) -> OrderedDict[str, Any]:
         """Return everything that a run needs to go on, and a program to use the model, in types that load safely."""
@@ -372,6 +425,8 @@ class Trainer:
         state = OrderedDict(
             epoch=epoch,
             next_batch=next_batch,  # None: the epoch is finished
+            started=self.start,
+            summary=self.rows,
             batching=self._batching(),
             arch=self.args.model,
             model_kwargs=self.model_arguments,

@@ -102,7 +102,7 @@ def _peak_of(function: Callable[[Callable[[], None]], object]) -> float:
 
 
 def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
@@ -110,7 +110,11 @@ def machine() -> dict[str, str]:
     """Return what the numbers depend on."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0].partition(":")[2].strip() if names else processor
     return {
         "processor": processor,

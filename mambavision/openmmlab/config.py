@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from mambavision.errors import UserError, nearest
 from mambavision.launch import Process
-from mambavision.reporting import EscapeOwnMessages
+from mambavision.reporting import EscapeOwnMessages, forgive
 
 # mmengine 0.10 finds bases like mmdet::... with it, and says so on each.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
@@ -205,6 +205,10 @@ def collect_log() -> None:
 
 def log_to(logger: logging.Logger) -> None:
     """Send this package's messages, and those collected until now, where mmengine sends its own."""
+    for handler in logger.handlers:
+        forgive(handler)
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            handler.stream.reconfigure(encoding="utf-8")  # mmengine takes that of the locale
     own = logging.getLogger("mambavision")
     collected = [record for handler in own.handlers for record in getattr(handler, "buffer", ())]
     own.handlers[:] = logger.handlers

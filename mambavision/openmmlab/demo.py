@@ -83,14 +83,14 @@ class Demo:
             print(f"going on with an interrupted run; to start anew, delete {folder.resolve()}", flush=True)
             options.append("--resume")
         seconds = run_program("tools/train.py", config, *options, environment=environment)
-        checkpoint = Path(os.path.relpath((folder / "last_checkpoint").read_text().strip()))
+        checkpoint = Path(os.path.relpath((folder / "last_checkpoint").read_text(encoding="utf-8").strip()))
         test = folder / "test"
         run_program("tools/test.py", config, checkpoint, "--work-dir", test, environment=environment)
         examples = self._enlarged(data / self.held_out, folder / "examples")
         weights = ("--config", config, "--checkpoint", checkpoint, "--device", "cpu")
         predictions = folder / "predictions"
         run_program("tools/predict.py", *examples, *weights, "--out", predictions, quiet=True, environment=environment)
-        written = json.loads(max(test.glob("*/*.json")).read_text())
+        written = json.loads(max(test.glob("*/*.json")).read_text(encoding="utf-8"))
         reached = {score: score.scale * written[score.key] for score in self.scores}
         (folder / _RESULTS).write_text(json.dumps({score.name: value for score, value in reached.items()}))
         rows = {f"{score.name} on held-out digits and photographs": f"{value:.1f}" for score, value in reached.items()}

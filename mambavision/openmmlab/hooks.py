@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mambavision.locking import FolderLock
 from mambavision.openmmlab.checkpoints import AtomicLocalBackend
+from mambavision.resume import STARTED
 
 RECOVERY = "recovery.pth"  # what a run that was asked to leave writes, until its next regular checkpoint
 
@@ -92,3 +94,23 @@ class SafeCheckpointHook(CheckpointHook):
         for path in collected.unwanted:
             if path not in (self.last_ckpt, *best) and backend.isfile(path):  # else written again under the same name
                 backend.remove(path)
+
+
+class OwnFolderHook(Hook):
+    """Marks the checkpoints of a start of a run with its number, and writes none if the run's folder was deleted.
+
+    Args:
+        start: See `mambavision.resume.number_of_start`.
+        lock: Of the folder.
+    """
+
+    def __init__(self, start: float, lock: FolderLock) -> None:
+        self._start = start
+        self._lock = lock
+
+    def before_train(self, runner: Runner) -> None:
+        """Mark them only now: what a checkpoint says was restored in between."""
+        runner.message_hub.update_info(STARTED, self._start)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        self._lock.check()

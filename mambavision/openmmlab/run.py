@@ -4,8 +4,8 @@ import argparse
 import contextlib
 import copy
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,26 @@ from mmengine import Config
 from mmengine.dist import is_main_process
 from mmengine.runner import CheckpointLoader, Runner
 
-from mambavision.checkpoint import read_checkpoint
+from mambavision.checkpoint import read_outline
 from mambavision.errors import CheckpointError, Interruption, UserError
+from mambavision.exchange import by_first
 from mambavision.files import check_writable, remove_temporaries
 from mambavision.launch import Process, join, leave, pick_device, set_rendezvous, this_process
+from mambavision.locking import FolderLock
+from mambavision.openmmlab.checkpoints import load_from_local
 from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
-from mambavision.openmmlab.hooks import RECOVERY
+from mambavision.openmmlab.hooks import RECOVERY, OwnFolderHook
 from mambavision.openmmlab.loops import use_exact_loops
+from mambavision.openmmlab.steps import collective_device
 from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
-from mambavision.preemption import NEVER, Preempted, StopSignals, begin, finish, goes_on
+from mambavision.preemption import NEVER, Preempted, StopSignals, begin, finish, goes_on, patience
 from mambavision.ranges import check_ranges
-from mambavision.resume import newest_valid
+from mambavision.resume import STARTED, Position, newest_valid, number, number_of_start
 
 _logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # a value of --resume, as NEVER is
+_ELSEWHERE = "or give another --work-dir"
 
 DataCheck = Callable[[Config], None]
 
@@ -61,7 +68,7 @@ def options_of_training(words: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--resume",
         nargs="?",
-        const="auto",
+        const=AUTO,
         metavar="CHECKPOINT",
         help="go on from a checkpoint, or the newest readable one of a folder (default: of the work dir); a run that "
         "was preempted goes on unasked, unless this is 'never'",
@@ -102,14 +109,19 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
     if not is_exact:
         _logger.warning("%s: a training loop of its own, so this run cannot be left and continued exactly", args.config)
     resume = _resume_word(config, args)
-    source, content = _starting_point(config, args)
     try:
-        with StopSignals() if is_exact else contextlib.nullcontext() as signals:
+        with (
+            StopSignals() if is_exact else contextlib.nullcontext() as signals,
+            _joined(config, args) as process,
+            FolderLock() as lock,
+        ):
+            claim = partial(lock.acquire, Path(config.work_dir), _ELSEWHERE, patience=patience())
+            by_first(claim, process, collective_device())
+            source, content = _starting_point(config, args)
             check_data(config)
-            with explained(args.config), _Run(config, args, given) as runner:
-                _take_over(Path(runner.work_dir), resume, is_new=not config.resume)
-                if is_exact:
-                    runner.train_loop.signals = signals
+            with explained(args.config):
+                runner = _build_runner(config, process, given)
+                _prepare_training(runner, resume, lock, signals)
                 if config.resume:
                     check_weights(runner.model, content, source)
                     check_classes(runner.train_loop.dataloader.dataset, content, source)
@@ -125,6 +137,14 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
         raise
 
 
+def _prepare_training(runner: Runner, resume: str, lock: FolderLock, signals: StopSignals | None) -> None:
+    """Let a run know how it was started, and how it may be left."""
+    number = _take_over(Path(runner.work_dir), resume, is_new=not runner.cfg.resume)
+    runner.register_hook(OwnFolderHook(number, lock), "VERY_HIGH")
+    if signals is not None:
+        runner.train_loop.signals = signals
+
+
 def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Config, argparse.Namespace], None]) -> None:
     """Score a checkpoint as a config says.
 
@@ -137,7 +157,7 @@ def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Confi
     check_ranges(args)
     config = _config(args, ("model", "test_dataloader", "test_evaluator", "test_cfg"))
     given = copy.deepcopy(config)
-    content = read_checkpoint(args.checkpoint)
+    content = load_from_local(args.checkpoint)
     forget_pretrained(config)
     config.load_from = args.checkpoint
     if args.show or args.show_dir:
@@ -146,7 +166,8 @@ def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Confi
         config.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
     check_data(config)
     adapt(config, args)
-    with explained(args.config), _Run(config, args, given) as runner:
+    with explained(args.config), _joined(config, args) as process:
+        runner = _build_runner(config, process, given)
         check_classes(runner.test_loop.dataloader.dataset, content, args.checkpoint)
         check_weights(runner.model, content, args.checkpoint)
         del content
@@ -186,9 +207,9 @@ def _to_resume(config: Config, args: argparse.Namespace) -> tuple[str, dict[str,
     if found is None and resume in ("", NEVER):
         return None
     if found is None:
-        folder = work_dir if resume == "auto" else Path(resume)
-        is_file = resume != "auto" and not folder.is_dir()
-        found = (folder, read_checkpoint(folder)) if is_file else newest_valid(_checkpoints(folder), key=_step)
+        folder = work_dir if resume == AUTO else Path(resume)
+        is_file = resume != AUTO and not folder.is_dir()
+        found = (folder, load_from_local(folder)) if is_file else newest_valid(_checkpoints(folder), _position)
     if found is None:
         _logger.warning("nothing to go on from in %s: training starts from the beginning", folder)
         return None
@@ -205,10 +226,10 @@ def _to_resume(config: Config, args: argparse.Namespace) -> tuple[str, dict[str,
 
 def _preempted(work_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint of a run that goes on without being told to, and its content."""
-    began = goes_on(work_dir, resume)
-    if began is None:
+    first_start = goes_on(work_dir, resume)
+    if first_start is None:
         return None
-    found = newest_valid((path for path in _checkpoints(work_dir) if path.stat().st_mtime >= began), key=_step)
+    found = newest_valid(_checkpoints(work_dir), _position, first_start)
     if found is not None:
         _logger.info("this run was preempted, and goes on; to start anew, give --resume never")
     return found
@@ -217,36 +238,48 @@ def _preempted(work_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | Non
 def _resume_word(config: Config, args: argparse.Namespace) -> str:
     """Return what --resume says or, without it, what the config does in mmengine's way; empty for nothing."""
     if args.resume is None and config.get("resume"):
-        return config.get("load_from") or "auto"
+        return config.get("load_from") or AUTO
     return args.resume or ""
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a training; not what a preempted run left, if its hooks have written a later one."""
-    regular = [*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")]
+    """Return the checkpoints of a training, first the one that a preempted run left."""
+    found = [*folder.glob(RECOVERY), *folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")]
     pointer = folder / "last_checkpoint"
-    last = Path(pointer.read_text().strip()) if pointer.is_file() else None
+    last = Path(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else None
     if last is not None and last.is_file() and last.parent.resolve() != folder.resolve():  # a hook's out_dir
-        regular.append(last)
-    newest = max((path.stat().st_mtime for path in regular), default=0.0)
-    return [*regular, *(path for path in folder.glob(RECOVERY) if path.stat().st_mtime >= newest)]
+        found.append(last)
+    return found
 
 
-def _step(checkpoint: Path) -> float:
-    """``epoch_12.pth`` -> 12; what a preempted run left is newer than all of its checkpoints."""
-    if checkpoint.name == RECOVERY:
-        return math.inf
-    number = checkpoint.stem.rpartition("_")[-1]
-    return int(number) if number.isdigit() else -1
+def _position(checkpoint: Mapping[str, Any]) -> Position:
+    """Return what is greater for newer checkpoints: the start that wrote it, and its epoch and iteration."""
+    info = _mapping(_mapping(checkpoint.get("message_hub")).get("runtime_info"))
+    meta = _mapping(checkpoint.get("meta"))
+    return number(info.get(STARTED)), number(meta.get("epoch")), number(meta.get("iter"))
 
 
-def _take_over(work_dir: Path, resume: str, is_new: bool) -> None:
-    """Delete what a killed run left half written and, where a new run starts, what a preempted one left."""
-    if is_main_process():
-        remove_temporaries(work_dir)
-        if is_new:
-            (work_dir / RECOVERY).unlink(missing_ok=True)
-        begin(work_dir, resume, is_new)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _take_over(work_dir: Path, resume: str, is_new: bool) -> float:
+    """Delete what a killed run left half written and, where a new run starts, what a preempted one left.
+
+    Returns:
+        The number of this start.
+    """
+    if not is_main_process():
+        return 0.0
+    outlines = map(read_outline, _checkpoints(work_dir))
+    start = number_of_start(_position(outline) for outline in outlines if outline is not None)
+    remove_temporaries(work_dir)
+    if is_new:
+        (work_dir / RECOVERY).unlink(missing_ok=True)
+    # What was there before a run that goes on from a file by name is not of that run; it may be of later iterations.
+    is_from_file = resume not in ("", AUTO, NEVER) and goes_on(work_dir, resume) is None
+    begin(work_dir, resume, is_new or is_from_file, number=start)
+    return start
 
 
 def _forget_preemption(work_dir: Path) -> None:
@@ -255,35 +288,26 @@ def _forget_preemption(work_dir: Path) -> None:
         (work_dir / RECOVERY).unlink(missing_ok=True)
 
 
-class _Run:
-    """A runner between joining and leaving the group of processes.
+@contextlib.contextmanager
+def _joined(config: Config, args: argparse.Namespace) -> Iterator[Process]:
+    """Join the group of processes, and leave it unless there is an error: the others would be waited for in vain."""
+    process = _process(args)
+    device = pick_device("", process)
+    join(process, device)
+    replaced = fit_to_machine(config, process, device)
+    for sentence in dict.fromkeys(replaced):
+        _logger.info(sentence)
+    yield process
+    leave(process)
 
-    Args:
-        config: What to run.
-        args: Options of the program.
-        given: The config as the user gave it, which is kept in the work dir.
-    """
 
-    def __init__(self, config: Config, args: argparse.Namespace, given: Config) -> None:
-        self.process = _process(args)
-        self.config = config
-        self.given = given
-
-    def __enter__(self) -> Runner:
-        device = pick_device("", self.process)
-        join(self.process, device)
-        replaced = fit_to_machine(self.config, self.process, device)
-        runner = Runner.from_cfg(self.config)
-        if self.process.is_first:
-            self.given.dump(Path(runner.work_dir, Path(self.given.filename).name))
-        log_to(runner.logger)
-        for sentence in dict.fromkeys(replaced):
-            runner.logger.info(sentence)
-        return runner
-
-    def __exit__(self, kind, error, trace) -> None:
-        if error is None:
-            leave(self.process)
+def _build_runner(config: Config, process: Process, given: Config) -> Runner:
+    """Return the runner of a config, and keep the config as the user gave it in the work dir."""
+    runner = Runner.from_cfg(config)
+    if process.is_first:
+        given.dump(Path(runner.work_dir, Path(given.filename).name))
+    log_to(runner.logger)
+    return runner
 
 
 def _process(args: argparse.Namespace) -> Process:

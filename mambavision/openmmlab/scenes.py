@@ -95,7 +95,7 @@ def write_scenes(root: str | Path, layout: Layout, options: Options | None = Non
     program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     wanted = {"layout": layout, **asdict(options), "digit_sides": list(options.digit_sides), "program": program}
     if marker.is_file():
-        if json.loads(marker.read_text()) == {**wanted, "complete": True}:
+        if json.loads(marker.read_text(encoding="utf-8")) == {**wanted, "complete": True}:
             return False
         shutil.rmtree(root)
     elif root.is_dir() and any(root.iterdir()):

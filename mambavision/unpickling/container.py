@@ -20,8 +20,12 @@ _LEGACY_PROTOCOL = 1001
 _SHARED_DATA = 16  # how often tensors may share the data of a file, on average
 
 
-def load(path: Path) -> Any:
+def load(path: Path, with_data: bool = True) -> Any:
     """Return the content of a file of torch.save in plain types, its tensors on the CPU.
+
+    Args:
+        path: The file.
+        with_data: Or leave the data of tensors unread: they are on the meta device then.
 
     Raises:
         RefusedError: The file names something that is not admitted.
@@ -29,7 +33,7 @@ def load(path: Path) -> Any:
     """
     with path.open("rb") as file:
         is_archive = file.read(2) == b"PK"
-    return _from_archive(path) if is_archive else _from_row(path)
+    return _from_archive(path, with_data) if is_archive else _from_row(path, with_data)
 
 
 class _Data:
@@ -74,7 +78,7 @@ def _identity(identity: tuple, others: int) -> tuple[str, torch.dtype, int]:
 # Zip archives
 
 
-def _from_archive(path: Path) -> Any:
+def _from_archive(path: Path, with_data: bool) -> Any:
     with zipfile.ZipFile(path) as archive:
         _check_sizes(archive, path.stat().st_size)
         names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -84,7 +88,8 @@ def _from_archive(path: Path) -> Any:
         if f"{folder}constants.pkl" in archive.namelist():
             raise RefusedError("a TorchScript program")
         program = io.BytesIO(_record(archive, names[0]))
-        return as_plain(follow(program, _ArchiveData(archive, folder, path.stat().st_size).storage))
+        data = _ArchiveData(archive, folder, path.stat().st_size, with_data)
+        return as_plain(follow(program, data.storage))
 
 
 def _check_sizes(archive: zipfile.ZipFile, file_size: int) -> None:
@@ -116,8 +121,8 @@ def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
 class _ArchiveData:
     """The tensor data of an archive, each read once."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str, file_size: int) -> None:
-        self._archive, self._folder = archive, folder
+    def __init__(self, archive: zipfile.ZipFile, folder: str, file_size: int, with_data: bool) -> None:
+        self._archive, self._folder, self._with_data = archive, folder, with_data
         self._read: dict[str, _Data] = {}
         self._budget = [_SHARED_DATA * file_size]
         order = f"{folder}byteorder"
@@ -131,14 +136,19 @@ class _ArchiveData:
             size = self._archive.getinfo(name).file_size
             if size != count * dtype.itemsize:
                 raise ValueError(f"{name} has {size} bytes, and tensors of it declare {count * dtype.itemsize}")
-            elements = _elements(_record(self._archive, name), dtype)
-            if self._is_swapped:
-                elements.untyped_storage().byteswap(dtype)
-            self._read[key] = _Data(elements, self._budget)
+            self._read[key] = _Data(self._elements(name, dtype, count), self._budget)
         data = self._read[key]
         if (data.elements.dtype, len(data.elements)) != (dtype, count):
             raise ValueError("tensors declare the same data differently")
         return data
+
+    def _elements(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        if not self._with_data:
+            return torch.empty(count, dtype=dtype, device="meta")
+        elements = _elements(_record(self._archive, name), dtype)
+        if self._is_swapped:
+            elements.untyped_storage().byteswap(dtype)
+        return elements
 
 
 def _elements(data: bytearray, dtype: torch.dtype) -> Tensor:
@@ -148,7 +158,7 @@ def _elements(data: bytearray, dtype: torch.dtype) -> Tensor:
 # All in a row
 
 
-def _from_row(path: Path) -> Any:
+def _from_row(path: Path, with_data: bool) -> Any:
     content = path.read_bytes()
     file = io.BytesIO(content)
     magic, protocol, system = (as_plain(follow(file, _no_data)) for _ in range(3))
@@ -156,9 +166,10 @@ def _from_row(path: Path) -> Any:
         raise ValueError("it was not written by torch.save")
     if system.get("little_endian") is not (sys.byteorder == "little"):
         raise ValueError("it was written on a machine of the other byte order")
-    data = _RowData(len(content))
+    data = _RowData(len(content), with_data)
     described = follow(file, data.storage)
-    data.fill(as_plain(follow(file, _no_data)), file)
+    if with_data:
+        data.fill(as_plain(follow(file, _no_data)), file)
     return as_plain(described)
 
 
@@ -169,7 +180,8 @@ def _no_data(identity: tuple) -> _Data:
 class _RowData:
     """Tensor data that follows the pickle that names it."""
 
-    def __init__(self, file_size: int) -> None:
+    def __init__(self, file_size: int, with_data: bool) -> None:
+        self._device = "cpu" if with_data else "meta"
         self._found: dict[str, _Data] = {}
         self._budget = [_SHARED_DATA * file_size]
         self._bytes_left = file_size
@@ -180,7 +192,7 @@ class _RowData:
             self._bytes_left -= count * dtype.itemsize
             if self._bytes_left < 0:
                 raise ValueError("its tensors declare more bytes than the file has")
-            self._found[key] = _Data(torch.empty(count, dtype=dtype), self._budget)
+            self._found[key] = _Data(torch.empty(count, dtype=dtype, device=self._device), self._budget)
         data = self._found[key]
         if (data.elements.dtype, len(data.elements)) != (dtype, count):
             raise ValueError("tensors declare the same data differently")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,11 +26,12 @@ class Finished:
     output: str
 
 
-def run_ranks(program, words, log, ranks=1, **environment):
+def run_ranks(program, words, log, ranks=1, seconds=_SECONDS, **environment):
     """Run a program with some words on its command line in processes that know each other; return how each ended.
 
     Args:
         log: Path that the outputs go to, with ``.RANK`` appended.
+        seconds: After which they are killed.
         environment: Variables for all of them.
     """
     with socket.socket() as probe:
@@ -46,7 +48,7 @@ def run_ranks(program, words, log, ranks=1, **environment):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(_SECONDS)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
             process.join()
@@ -74,7 +76,8 @@ def _run(program, words, log, environment):
 
 
 def _register_disturb(at_end):
-    """Register the hook Disturb, which sends signals to a process and its workers, spoils a loss or fills the disk.
+    """Register the hook Disturb, which sends signals to a process and its workers, spoils a loss, fills the disk or
+    deletes the work dir.
 
     The variable DISTURB says when: ``train 5 SIGTERM 1`` for the fifth iteration on rank 1, ``val 2 ...`` for the
     second iteration of a validation, ``train 5 nan 1`` for a loss, ``train 5 full 0`` for the disk.
@@ -99,7 +102,9 @@ def _register_disturb(at_end):
 
         def _disturb(self, phase, number, runner):
             if (phase, number, get_rank()) == self.when:
-                {"nan": _spoil_losses, "full": _fill_disk}.get(self.event, _send)(self.event, runner)
+                {"nan": _spoil_losses, "full": _fill_disk, "delete": _delete_work_dir}.get(self.event, _send)(
+                    self.event, runner
+                )
 
         def _remember_weights(self, model):
             before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -114,6 +119,10 @@ def _spoil_losses(event, runner):
 
 def _fill_disk(event, runner):
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))  # more than logs take
+
+
+def _delete_work_dir(event, runner):
+    shutil.rmtree(runner.work_dir)
 
 
 def _send(name, runner):

@@ -17,6 +17,7 @@ from crashes import count_points, killed_after, killed_at
 from mambavision.openmmlab import run
 from mambavision.openmmlab.hooks import SafeCheckpointHook
 from mambavision.preemption import RECORD, begin, finish, mark
+from mambavision.resume import STARTED
 
 _EPOCHS = 4
 
@@ -96,8 +97,9 @@ def test_run_killed_at_any_time_goes_on(tmp_path, measured, seed):
     assert go_on(tmp_path) >= max(begun, default=0) - 1
 
 
-def checkpoint(path, **meta):
-    save_checkpoint({"meta": meta, "state_dict": {}, "optimizer": {}, "message_hub": {}}, str(path))
+def checkpoint(path, start=None, **meta):
+    hub = {"runtime_info": {STARTED: time.time() if start is None else start}}
+    save_checkpoint({"meta": meta, "state_dict": {}, "optimizer": {}, "message_hub": hub}, str(path))
 
 
 def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
@@ -120,15 +122,16 @@ def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
     assert found() == 8
     assert "recovery.pth: cannot be read as a checkpoint" in caplog.text
     (tmp_path / "recovery.pth").write_bytes(whole)
-    os.utime(tmp_path / "recovery.pth", (1, 1))  # other hooks than ours do not delete it
-    assert found() == 8
+    os.utime(tmp_path / "recovery.pth", (1, 1))  # times do not matter
+    assert found() == 9
+    checkpoint(tmp_path / "iter_8.pth", iter=10)  # other hooks than ours do not delete it
+    assert to_resume(tmp_path)[1]["meta"]["iter"] == 10
     finish(tmp_path)
     assert to_resume(tmp_path) is None
 
 
 def test_other_checkpoints_of_the_folder_are_not_taken_for_the_preempted_run(tmp_path):
-    checkpoint(tmp_path / "epoch_12.pth", epoch=12)
-    os.utime(tmp_path / "epoch_12.pth", (1, 1))
+    checkpoint(tmp_path / "epoch_12.pth", start=1.0, epoch=12)
     begin(tmp_path, "", is_new=True)
     mark(tmp_path)
     assert to_resume(tmp_path) is None
