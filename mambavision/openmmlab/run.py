@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine import Config
 from mmengine.dist import is_main_process
 from mmengine.runner import CheckpointLoader, Runner
@@ -23,7 +24,6 @@ from mambavision.openmmlab.checkpoints import load_from_local
 from mambavision.openmmlab.config import collect_log, explained, fit_to_machine, forget_pretrained, load_config, log_to
 from mambavision.openmmlab.hooks import RECOVERY, OwnFolderHook
 from mambavision.openmmlab.loops import use_exact_loops
-from mambavision.openmmlab.steps import collective_device
 from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
 from mambavision.preemption import NEVER, Preempted, StopSignals, begin, finish, goes_on, patience
 from mambavision.ranges import check_ranges
@@ -112,15 +112,15 @@ def train(args: argparse.Namespace, check_data: DataCheck) -> None:
     try:
         with (
             StopSignals() if is_exact else contextlib.nullcontext() as signals,
-            _joined(config, args) as process,
+            _joined(args) as (process, device),
             FolderLock() as lock,
         ):
             claim = partial(lock.acquire, Path(config.work_dir), _ELSEWHERE, patience=patience())
-            by_first(claim, process, collective_device())
+            by_first(claim, process, device)
             source, content = _starting_point(config, args)
             check_data(config)
             with explained(args.config):
-                runner = _build_runner(config, process, given)
+                runner = _build_runner(config, process, device, given)
                 _prepare_training(runner, resume, lock, signals)
                 if config.resume:
                     check_weights(runner.model, content, source)
@@ -166,8 +166,8 @@ def test(args: argparse.Namespace, check_data: DataCheck, adapt: Callable[[Confi
         config.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
     check_data(config)
     adapt(config, args)
-    with explained(args.config), _joined(config, args) as process:
-        runner = _build_runner(config, process, given)
+    with explained(args.config), _joined(args) as (process, device):
+        runner = _build_runner(config, process, device, given)
         check_classes(runner.test_loop.dataloader.dataset, content, args.checkpoint)
         check_weights(runner.model, content, args.checkpoint)
         del content
@@ -289,24 +289,24 @@ def _forget_preemption(work_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _joined(config: Config, args: argparse.Namespace) -> Iterator[Process]:
+def _joined(args: argparse.Namespace) -> Iterator[tuple[Process, torch.device]]:
     """Join the group of processes, and leave it unless there is an error: the others would be waited for in vain."""
     process = _process(args)
     device = pick_device("", process)
     join(process, device)
-    replaced = fit_to_machine(config, process, device)
-    for sentence in dict.fromkeys(replaced):
-        _logger.info(sentence)
-    yield process
+    yield process, device
     leave(process)
 
 
-def _build_runner(config: Config, process: Process, given: Config) -> Runner:
-    """Return the runner of a config, and keep the config as the user gave it in the work dir."""
+def _build_runner(config: Config, process: Process, device: torch.device, given: Config) -> Runner:
+    """Return the runner of a config on this machine, and keep the config as the user gave it in the work dir."""
+    replaced = fit_to_machine(config, process, device)
     runner = Runner.from_cfg(config)
     if process.is_first:
         given.dump(Path(runner.work_dir, Path(given.filename).name))
     log_to(runner.logger)
+    for sentence in dict.fromkeys(replaced):
+        runner.logger.info(sentence)
     return runner
 
 
