@@ -31,7 +31,7 @@ class Range:
         return math.isfinite(number) and is_high_enough and is_low_enough
 
     def __str__(self) -> str:
-        low, high = f"{self.low:,g}", f"{self.high:,g}"
+        low, high = (f"{bound:,d}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
         if self.high == math.inf:
             return f"more than {low}" if self.above else f"{low} or more"
         if not (self.above or self.below):

@@ -162,7 +162,7 @@ def test_initial_weights(train, tmp_path, capsys):
         (["--jsd-loss"], UserError, "--aug-splits of at least 2"),
         (["--num-classes", "2"], UserError, "less than the 3 classes"),
         (["--device", "toaster"], UserError, "unknown device"),
-        (["--epochs", "0"], UserError, "at least 1"),
+        (["--epochs", "0"], UserError, "--epochs 0: must be from 1 to 1,000,000"),
         (["--batch-size", "100"], UserError, "more than the 60 training images"),
     ],
 )

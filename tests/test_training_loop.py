@@ -216,7 +216,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(train, monkeypatch):
         "_finish_step",
         lambda self: (seen.append(self.learner.task.trainable_module.head.weight.clone()), finish(self))[1],
     )
-    words = ["--model-ema", "--mesa", "0.1", "--mesa-start-ratio", "9"]
+    words = ["--model-ema", "--mesa", "0.1", "--mesa-start-ratio", "1"]
     message = r"the loss is not finite.* Samples: .*epoch 1, batch 2, .*last\.pth\.tar is untouched"
     with pytest.raises(NonFiniteError, match=message) as error:
         train(*words)

@@ -322,8 +322,9 @@ class Trainer:
         first_batch, self.first_batch = self.first_batch, 0
         if not first_batch:
             self.epoch_so_far = dict(_NO_BATCH)
-        loss_sum = torch.tensor(self.epoch_so_far["loss_sum"], dtype=torch.float64, device=self.device)
-        images_seen, images_here, started, rate = self.epoch_so_far["images"], 0, time.monotonic(), 0.0
+        so_far = [self.epoch_so_far["loss_sum"], self.epoch_so_far["images"]]
+        total_loss = torch.tensor(so_far, dtype=torch.float64, device=self.device)
+        images_here, started, rate = 0, time.monotonic(), 0.0
         task.train()
         self.learner.optimizer.zero_grad()
         with report.progress(f"epoch {epoch}", total, args.log_interval, self.process.is_first, first_batch) as line:
@@ -337,22 +338,26 @@ class Trainer:
                 with nullcontext() if is_step else task.no_sync():
                     with self.learner.autocast():
                         loss = task(images, targets)["loss"]
-                    loss_sum += loss.detach().double() * len(images)
+                    total_loss += _loss_and_images(loss, len(images))
                     self.guard.note(loss, partial(self.batches.train.sample_names, epoch, batch))
                     self.learner.backward(loss / self._group_size(batch, total))
-                images_seen, images_here = images_seen + len(images), images_here + len(images)
+                images_here += len(images)
                 is_asked = is_step and self._finish_step()
                 rate = images_here * self.process.world_size / (time.monotonic() - started)
-                is_logged = line is not None and line.step(partial(self._progress_text, loss_sum, images_seen, rate))
+                is_logged = line is not None and line.step(partial(self._progress_text, total_loss, rate))
                 if is_logged and args.save_images:
                     self._save_images(images, epoch, batch)
                 if is_step:
-                    self._save_on_the_way(epoch, batch + 1, loss_sum, images_seen, is_asked)
-        self.epoch_so_far = {"loss_sum": loss_sum.item(), "images": images_seen}
-        return mean(loss_sum / images_seen, self.process), rate
+                    self._save_on_the_way(epoch, batch + 1, total_loss, is_asked)
+        self._note_so_far(total_loss)
+        return mean(total_loss[0] / total_loss[1], self.process), rate
 
-    def _progress_text(self, loss_sum: Tensor, images: int, rate: float) -> str:
-        return f"loss {loss_sum.item() / images:.4f}  lr {self.learner.lr:.3g}  {rate:.1f} images/s"
+    def _note_so_far(self, total_loss: Tensor) -> None:
+        loss_sum, images = total_loss.tolist()
+        self.epoch_so_far = {"loss_sum": loss_sum, "images": int(images)}
+
+    def _progress_text(self, total_loss: Tensor, rate: float) -> str:
+        return f"loss {(total_loss[0] / total_loss[1]).item():.4f}  lr {self.learner.lr:.3g}  {rate:.1f} images/s"
 
     def _group_size(self, batch: int, total: int) -> int:
         """Return how many batches share the optimizer step of this one; the last group of an epoch may be smaller."""
@@ -381,13 +386,13 @@ class Trainer:
 
     # Saving
 
-    def _save_on_the_way(self, epoch: int, next_batch: int, loss_sum: Tensor, images: int, is_asked: bool) -> None:
+    def _save_on_the_way(self, epoch: int, next_batch: int, total_loss: Tensor, is_asked: bool) -> None:
         """Save inside an epoch when it is time to; leave if asked to."""
         args = self.args
         is_due = args.recovery_interval and self.learner.updates % args.recovery_interval == 0
         is_due = is_due and not args.no_saver and next_batch < len(self.batches.train)
         if is_asked or is_due:
-            self.epoch_so_far = {"loss_sum": loss_sum.item(), "images": images}
+            self._note_so_far(total_loss)
         if is_asked:
             self._leave(epoch, next_batch)
         if is_due:
@@ -447,3 +452,10 @@ class Trainer:
         from torchvision.utils import save_image
 
         save_image(images, self.folder / f"train-epoch{epoch}-batch{batch}.jpg", padding=0, normalize=True)
+
+
+def _loss_and_images(loss: Tensor, images: int) -> Tensor:
+    """Return the sum of the losses of a batch and its images; zeros if a loss scale skips it, as it is not finite."""
+    loss = loss.detach().double()
+    sums = torch.stack((loss * images, torch.full_like(loss, images)))
+    return sums.where(loss.isfinite(), 0.0)

@@ -220,6 +220,8 @@ def _to_resume(config: Config, args: argparse.Namespace) -> tuple[str, dict[str,
             f"{path}: holds no training to go on with ({', '.join(sorted(missing))} missing); to start from its "
             f"weights, use --cfg-options load_from={path}."
         )
+    if type(content["meta"].get("seed")) is not int:
+        raise CheckpointError(f"{path}: does not say the seed of its training (meta.seed), so it cannot be resumed.")
     _logger.info("goes on from %s", path)
     return str(path), content
 
