@@ -3,6 +3,7 @@
 mmengine 0.10 loads none of its own training checkpoints with torch 2.6 or newer, and writes files in place.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -15,6 +16,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mambavision.checkpoint import read_checkpoint
+from mambavision.errors import DataError
 from mambavision.files import replacing
 from mambavision.openmmlab.metadata import check_metadata
 
@@ -51,8 +53,28 @@ def load_url(url: str, model_dir: str | None = None, map_location: Any = None, *
 mmengine_checkpoint.load_url = load_url  # its own unpickles what it has downloaded without restriction
 
 
+class UnreadableFileError(DataError, OSError):
+    """An image, mask or annotation file cannot be read, for example because it was deleted during training."""
+
+
 class AtomicLocalBackend(LocalBackend):
-    """Local files that are replaced only by complete ones."""
+    """Local files that are replaced only by complete ones, and whose absence is an error of the data."""
+
+    def get(self, filepath: str | Path) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            UnreadableFileError: It is gone or no file; reading a pipe or a device could wait for ever.
+        """
+        try:
+            if os.path.exists(filepath) and not os.path.isfile(filepath):
+                raise UnreadableFileError(f"{filepath}: is no file (but a folder, a pipe or a device); remove it.")
+            return super().get(filepath)
+        except OSError as error:
+            if isinstance(error, UnreadableFileError):
+                raise
+            reason = error.strerror or error
+            raise UnreadableFileError(f"{filepath}: cannot be read ({reason}); restore or remove it.") from error
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         with replacing(filepath) as file:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,30 @@ def test_weights_that_are_not_finite(train, score, trained, tmp_path):
         with pytest.raises(CheckpointError, match=message) as error:
             refused()
         assert error.value.exit_status == 65
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_vanish_during_training_are_named(workers, coco_scenes, run_program, tmp_path):
+    """They were there when the data were checked."""
+    scenes = shutil.copytree(coco_scenes, tmp_path / "scenes")
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from mambavision.errors import run_cli\n"
+        "from mambavision.openmmlab.coco import check_datasets\n"
+        "from mambavision.openmmlab.run import options_of_training, train\n"
+        "def check(config):\n"
+        "    check_datasets(config)\n"
+        "    for image in Path(os.environ['SCENES_ROOT'], 'train').glob('*.jpg'): image.unlink()\n"
+        "run_cli(lambda: train(options_of_training(), check))\n"
+    )
+    words = [CONFIG, "--work-dir", tmp_path / "run", "--cfg-options", f"train_dataloader.num_workers={workers}"]
+    words += [f"train_dataloader.persistent_workers={bool(workers)}"]
+    finished = run_program(program, *words, check=False, SCENES_ROOT=str(scenes))
+    assert finished.returncode == 65
+    last = finished.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(rf"error: {scenes}/train/\d+\.jpg: cannot be read \(No such file or directory\); .*", last)
 
 
 def test_starting_from_other_weights(train, trained, tmp_path):
