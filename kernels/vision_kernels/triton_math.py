@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -30,6 +31,25 @@ def softplus(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)) of float32."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def finite(x):
+    """The largest finite number instead of infinities, so that a product with zero is zero; NaN stays."""
+    return tl.where(x < -LARGEST, -LARGEST, tl.where(x > LARGEST, LARGEST, x))
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x) of float32; at minus infinity the limit, -0."""
+    return tl.where(x < -LARGEST, -LARGEST, x) * sigmoid(x)
+
+
+@triton.jit
+def silu_slope(x):
+    """The derivative of silu; at both infinities the limit."""
+    gate = sigmoid(x)
+    return gate * (1.0 + finite(x) * (1.0 - gate))
 
 
 @triton.jit

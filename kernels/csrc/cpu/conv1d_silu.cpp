@@ -61,10 +61,8 @@ void forward(const View& x, const View& weight, const View& y, const Sizes& size
         load_weight(weight, sizes, w);
         for (int64_t t = sizes.begin(chunk); t < sizes.begin(chunk + 1); ++t)
             for (int64_t v = 0; v < sizes.vectors(); v += kPack) {
-                Pack s = convolve<T>(x, sizes, w, batch, t, v);
-                const Pack gate = sigmoid(s);
-                VK_EACH s.v[i] *= gate.v[i];
-                store_row(at<T>(y, batch, t), v * kLanes, sizes.dim, s);
+                const Pack s = convolve<T>(x, sizes, w, batch, t, v);
+                store_row(at<T>(y, batch, t), v * kLanes, sizes.dim, silu(s, sigmoid(s)));
             }
     });
 }
@@ -88,9 +86,9 @@ void backward(const View& grad_y, const View& x, const View& weight, const View&
 
         for (int64_t t = first; t < last; ++t)
             for (int64_t v = 0; v < width; v += kPack) {
-                const Pack s = convolve<T>(x, sizes, w, batch, t, v), gate = sigmoid(s);
+                const Pack s = convolve<T>(x, sizes, w, batch, t, v), slope = silu_slope(s, sigmoid(s));
                 Pack g = load_row(at<const T>(grad_y, batch, t), v * kLanes, sizes.dim);
-                VK_EACH g.v[i] *= gate.v[i] * (1.0f + s.v[i] * (1.0f - gate.v[i]));
+                VK_EACH g.v[i] *= slope.v[i];
                 store_pack(of_sum + (t - first) * width + v, g);
             }
         for (int64_t t = begin; t < end; ++t)

@@ -77,7 +77,7 @@ VK_INLINE void load_rates(const View& A, const Block& block, int64_t states, Vec
     for (int64_t n = 0; n < states; ++n) {
         float lanes[kLanes] = {};
         for (int i = 0; i < block.count; ++i) lanes[i] = source[i * states + n] * kLog2E;
-        rates[n] = load(lanes);
+        rates[n] = finite(load(lanes));
     }
 }
 

@@ -123,6 +123,10 @@ VK_INLINE Vec smaller(Vec a, Vec b) {
 #endif
 }
 
+// The largest finite number instead of infinities, so that a product with zero is zero; what is no number stays none.
+constexpr float kLargest = 3.40282347e38f;
+VK_INLINE Vec finite(Vec x) { return smaller(broadcast(kLargest), larger(broadcast(-kLargest), x)); }
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // The functions below work on a few vectors at once. Each is one long chain of dependent instructions, and a processor
@@ -133,19 +137,22 @@ struct Pack {
 };
 #define VK_EACH _Pragma("GCC unroll 4") for (int i = 0; i < kPack; ++i)
 
-// 2^x, relative error 2.5e-7; 2^-126 for anything smaller, and near 2^128 for anything larger.
+// 2^x, relative error 2.5e-7; 0 below 2^-125.5, infinity from 2^128 on; what is no number stays none.
 VK_INLINE Pack exp2(Pack x) {
+    // 1.5 x 2^23: of the sum, the low bits of the mantissa are the nearest integer n, and here the exponent of 2^(n - 1).
+    constexpr float kShift = 12582912.0f + 126.0f;
     Pack shifted, p;
-    VK_EACH x.v[i] = smaller(broadcast(127.99999f), larger(broadcast(-126.0f), x.v[i]));
-    VK_EACH shifted.v[i] = x.v[i] + 12582912.0f;  // 1.5 x 2^23: the nearest integer is in the low bits of the mantissa
-    VK_EACH x.v[i] -= shifted.v[i] - 12582912.0f;  // in [-0.5, 0.5]
-    // Minimax polynomial of (2^f - 1) / f (Remez), so that 2^0 is exactly 1.
-    VK_EACH p.v[i] = x.v[i] * 1.333353869e-3f + 9.666245425e-3f;
-    VK_EACH p.v[i] = p.v[i] * x.v[i] + 5.550500214e-2f;
-    VK_EACH p.v[i] = p.v[i] * x.v[i] + 2.402235134e-1f;
-    VK_EACH p.v[i] = p.v[i] * x.v[i] + 6.931471435e-1f;
-    VK_EACH p.v[i] = p.v[i] * x.v[i] + 1.0f;
-    VK_EACH p.v[i] = (Vec)((IntVec)p.v[i] + ((IntVec)shifted.v[i] << 23));
+    VK_EACH x.v[i] = smaller(broadcast(128.0f), larger(broadcast(-126.0f), x.v[i]));
+    VK_EACH shifted.v[i] = x.v[i] + kShift;
+    VK_EACH x.v[i] -= shifted.v[i] - kShift;  // in [-0.5, 0.5]
+    // Twice the minimax polynomial of (2^f - 1) / f (Remez), so that 2^0 is exactly 1.
+    VK_EACH p.v[i] = x.v[i] * (2 * 1.333353869e-3f) + 2 * 9.666245425e-3f;
+    VK_EACH p.v[i] = p.v[i] * x.v[i] + 2 * 5.550500214e-2f;
+    VK_EACH p.v[i] = p.v[i] * x.v[i] + 2 * 2.402235134e-1f;
+    VK_EACH p.v[i] = p.v[i] * x.v[i] + 2 * 6.931471435e-1f;
+    VK_EACH p.v[i] = p.v[i] * x.v[i] + 2.0f;
+    // A product: adding to the exponent would make numbers of NaNs. 2^-127 is 0, and twice 2^127 overflows.
+    VK_EACH p.v[i] *= (Vec)((IntVec)shifted.v[i] << 23);
     return p;
 }
 
@@ -176,6 +183,17 @@ VK_INLINE Pack sigmoid(Pack x) {
     Pack e = exp_of_minus_magnitude(x);
     VK_EACH e.v[i] = (x.v[i] < 0.0f ? e.v[i] : broadcast(1.0f)) / (e.v[i] + 1.0f);
     return e;
+}
+
+// x sigmoid(x); at minus infinity the limit, -0. `gate` is the sigmoid.
+VK_INLINE Pack silu(Pack x, Pack gate) {
+    VK_EACH x.v[i] = larger(broadcast(-kLargest), x.v[i]) * gate.v[i];
+    return x;
+}
+VK_INLINE Pack silu_slope(Pack x, Pack gate) {
+    VK_EACH x.v[i] = finite(x.v[i]);
+    VK_EACH x.v[i] = gate.v[i] * (1.0f + x.v[i] * (1.0f - gate.v[i]));
+    return x;
 }
 
 VK_INLINE Pack load_pack(const Vec* p) {

@@ -143,7 +143,7 @@ struct Route {
         source = static_cast<const float*>(problem.A.data) + channel * states;
         for (int64_t n = 0; n < states; ++n) {
             rate[n] = load_channels(source + n, states, block.count);
-            VK_PARTS rate[n].part[k] *= kLog2E;
+            VK_PARTS rate[n].part[k] = finite(rate[n].part[k] * kLog2E);
         }
     }
 };

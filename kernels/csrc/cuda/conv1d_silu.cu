@@ -51,11 +51,6 @@ __device__ __forceinline__ Raw load_step(const Signal& signal, const Shape& shap
     return load(signal, signal.at(batch, channel, t), t >= 0 && t < shape.length ? kVector : 0);
 }
 
-__device__ __forceinline__ float silu_derivative(float x) {
-    const float gate = sigmoid(x);
-    return gate * (1 + x * (1 - gate));
-}
-
 template <int Taps>
 __global__ void __launch_bounds__(kThreads) forward(const Tensors given, const Shape shape) {
     const Tensors all = with_vectors(given);
@@ -113,7 +108,7 @@ __device__ __forceinline__ void backward_steps(const Tensors& all, const Shape& 
             float sum = 0;
 #pragma unroll
             for (int k = 0; k < Taps; ++k) sum += weight[k][i] * x[(j + k) % Taps][i];
-            g[j % Taps][i] *= silu_derivative(sum);
+            g[j % Taps][i] *= silu_slope(sum);
 #pragma unroll
             for (int k = 0; k < Taps; ++k)
                 if (own) grad_weight[k][i] += g[j % Taps][i] * x[(j + k) % Taps][i];
@@ -181,7 +176,7 @@ __device__ float convolved(const Tensors& all, const Shape& shape, int64_t batch
 
 __device__ float grad_convolved(const Tensors& all, const Shape& shape, int64_t batch, int64_t channel, int64_t t) {
     if (t < 0 || t >= shape.length) return 0;
-    return element(all.grad_y, batch, channel, t) * silu_derivative(convolved(all, shape, batch, channel, t));
+    return element(all.grad_y, batch, channel, t) * silu_slope(convolved(all, shape, batch, channel, t));
 }
 
 // y, or the gradient of x.

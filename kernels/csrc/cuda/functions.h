@@ -37,4 +37,16 @@ __device__ __forceinline__ float sigmoid(float x) {
     return __fdividef(x < 0 ? e : 1.0f, 1 + e);
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + exp2_fast(-kLog2E * x)); }
+// The largest finite number instead of infinities, so that a product with zero is zero; what is no number stays none.
+constexpr float kLargest = 3.40282347e38f;
+__device__ __forceinline__ float finite(float x) { return x < -kLargest ? -kLargest : x > kLargest ? kLargest : x; }
+
+// At minus infinity the limit, -0. The quick division is 0 where the denominator is beyond 2^126.
+__device__ __forceinline__ float silu(float x) {
+    return __fdividef(x < -kLargest ? -kLargest : x, 1 + exp2_fast(-kLog2E * x));
+}
+
+__device__ __forceinline__ float silu_slope(float x) {
+    const float gate = sigmoid(x);
+    return gate * (1 + finite(x) * (1 - gate));
+}

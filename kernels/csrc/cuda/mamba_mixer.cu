@@ -239,7 +239,7 @@ class Scan {
         for (int s = 0; s < S; ++s) {
             const int state = Lanes::part(lane) * S + s;
             const bool exists = first_channel + channel < m.inner && state < m.states;
-            own.rates[s] = exists ? kLog2E * __ldg(m.rates + (first_channel + channel) * m.states + state) : 0;
+            own.rates[s] = exists ? finite(kLog2E * __ldg(m.rates + (first_channel + channel) * m.states + state)) : 0;
             own.state[s] = 0;
         }
     }

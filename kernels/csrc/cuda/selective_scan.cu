@@ -166,7 +166,7 @@ __global__ void join(const Problem p, float* ends, const float* totals, bool rev
     if (index >= sequences * p.states) return;
     const int64_t sequence = index / p.states;
     const int64_t offset = sequence % p.dim * p.A_by_channel + index % p.states * p.A_by_state;
-    const float rate = kLog2E * float_of(load_bits(p.A + offset * bytes_of(p.A_dtype), p.A_dtype), p.A_dtype);
+    const float rate = finite(kLog2E * float_of(load_bits(p.A + offset * bytes_of(p.A_dtype), p.A_dtype), p.A_dtype));
     float start = 0;
     for (int64_t i = 0; i < p.chunks; ++i) {
         const int64_t chunk = reverse ? p.chunks - 1 - i : i;

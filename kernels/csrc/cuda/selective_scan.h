@@ -228,7 +228,7 @@ __device__ __forceinline__ void load_rates(const Problem& p, int64_t channel, in
     for (int s = 0; s < S; ++s) {
         const int64_t offset = channel * p.A_by_channel + (first + s) * p.A_by_state;
         const bool exists = inside && first + s < p.states;
-        rates[s] = exists ? kLog2E * float_of(load_bits(p.A + offset * bytes_of(p.A_dtype), p.A_dtype), p.A_dtype) : 0;
+        rates[s] = exists ? finite(kLog2E * float_of(load_bits(p.A + offset * bytes_of(p.A_dtype), p.A_dtype), p.A_dtype)) : 0;
     }
 }
 

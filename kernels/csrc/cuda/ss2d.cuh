@@ -260,7 +260,7 @@ struct Work {
     __device__ __forceinline__ void load_rates(int n, float (&rate)[4]) const {
         const float* A = problem.A + parameters() * problem.states() + n;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) rate[c] = A[c * problem.states()] * kLog2E;
+        for (int c = 0; c < 4; ++c) rate[c] = finite(A[c * problem.states()] * kLog2E);
     }
 
     // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks. In place of those that do not

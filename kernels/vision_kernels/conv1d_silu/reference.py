@@ -18,19 +18,28 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     return sum((_shifted(x, tap, taps) * weight[:, tap] for tap in range(taps)), torch.zeros_like(x))
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU, whose value at minus infinity is its limit, -0."""
+    return F.silu(x.clamp(min=torch.finfo(x.dtype).min))
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of SiLU; at both infinities its limits, 0 and 1."""
+    gate, limits = torch.sigmoid(x), torch.finfo(x.dtype)
+    return gate * (1 + x.clamp(limits.min, limits.max) * (1 - gate))
+
+
 def conv1d_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
     """Return (batch, length, dim) with the dtype of x; weight is (dim, taps)."""
     dtype = compute_dtype(x)
-    return F.silu(_convolve(x.to(dtype), weight.to(dtype))).to(x.dtype)
+    return silu(_convolve(x.to(dtype), weight.to(dtype))).to(x.dtype)
 
 
 def conv1d_silu_reference_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight."""
     dtype, taps = compute_dtype(x), weight.shape[1]
     wide, kernel = x.to(dtype), weight.to(dtype)
-    convolved = _convolve(wide, kernel)
-    gate = torch.sigmoid(convolved)
-    grad = grad_y.to(dtype) * gate * (1 + convolved * (1 - gate))
+    grad = grad_y.to(dtype) * silu_slope(_convolve(wide, kernel))
     # What x_t gave to the output of step t - (tap - before) comes back from there.
     before = (taps - 1) // 2
     padded = F.pad(grad, (0, 0, taps - 1 - before, before))

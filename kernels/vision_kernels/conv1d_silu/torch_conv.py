@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_kernels.conv1d_silu.reference import silu, silu_slope
 from vision_kernels.precision import compute_dtype
 
 
@@ -15,7 +16,7 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 def conv1d_silu_torch(x: Tensor, weight: Tensor) -> Tensor:
     """Return (batch, length, dim) with the dtype of x."""
     dtype = compute_dtype(x)
-    return F.silu(_convolve(x.to(dtype), weight.to(dtype))).transpose(1, 2).to(x.dtype)
+    return silu(_convolve(x.to(dtype), weight.to(dtype))).transpose(1, 2).to(x.dtype)
 
 
 def conv1d_silu_torch_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,9 +24,7 @@ def conv1d_silu_torch_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tup
     dtype = compute_dtype(x)
     wide, kernel = x.to(dtype), weight.to(dtype)
     taps, dim = weight.shape[1], x.shape[2]
-    convolved = _convolve(wide, kernel)
-    gate = torch.sigmoid(convolved)
-    grad = grad_y.to(dtype).transpose(1, 2) * gate * (1 + convolved * (1 - gate))
+    grad = grad_y.to(dtype).transpose(1, 2) * silu_slope(_convolve(wide, kernel))
     # For an odd number of taps the gradient of the input is the convolution with the mirrored kernel; for an even one
     # it also moves by a step, which padding by hand covers.
     before, after = taps // 2, (taps - 1) // 2

@@ -7,7 +7,7 @@ which the first-level cache answers.
 import triton
 import triton.language as tl
 
-from vision_kernels.triton_math import sigmoid
+from vision_kernels.triton_math import silu, silu_slope
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def conv_forward(
     total = _convolved(x + entry * x_b, weight, time, channel, length, dim, x_t, x_d, TAPS)
     offset = (entry * length + time)[:, None] * dim + channel[None, :]
     inside = (time < length)[:, None] & (channel < dim)[None, :]
-    tl.store(y + offset, (total * sigmoid(total)).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offset, silu(total).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -65,8 +65,7 @@ def conv_backward(
         # What x_t gave to the output of step t - (tap - before) comes back from there.
         shift = tap - (TAPS - 1) // 2
         convolved = _convolved(x, weight, time - shift, channel, length, dim, x_t, x_d, TAPS)
-        gate = sigmoid(convolved)
-        grad = _at(grad_y, time - shift, channel, length, dim, g_t, g_d) * gate * (1.0 + convolved * (1.0 - gate))
+        grad = _at(grad_y, time - shift, channel, length, dim, g_t, g_d) * silu_slope(convolved)
         total += grad * tl.load(weight + channel * TAPS + tap, mask=channel < dim, other=0.0)[None, :]
         if tap == (TAPS - 1) // 2:
             for other in tl.static_range(TAPS):

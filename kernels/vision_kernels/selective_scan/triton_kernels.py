@@ -20,7 +20,7 @@ C, it may know.
 import triton
 import triton.language as tl
 
-from vision_kernels.triton_math import LOG2_E, load_steps, sigmoid, softplus
+from vision_kernels.triton_math import LOG2_E, finite, load_steps, sigmoid, softplus
 
 # Known to be 1 or a multiple of 16, they would have every kernel compiled again, and for no better code.
 _SIZES = ("length", "blocks", "chunks", "chunk_steps")
@@ -43,7 +43,7 @@ def _place(dim, share, blocks, chunks, BLOCK: tl.constexpr):
 def _exponents(A, channel, state, exists, unit, STATES: tl.constexpr):
     """Return A (channels, states) for powers of two."""
     at = A + channel[:, None] * STATES + state[None, :] * unit
-    return tl.load(at, mask=exists[:, None] & (state < STATES)[None, :], other=0.0) * LOG2_E
+    return finite(tl.load(at, mask=exists[:, None] & (state < STATES)[None, :], other=0.0) * LOG2_E)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ launch after the other, in float32, so that each sum has a fixed order.
 import triton
 import triton.language as tl
 
-from vision_kernels.triton_math import LOG2_E, load_steps, sigmoid, softplus
+from vision_kernels.triton_math import LOG2_E, finite, load_steps, sigmoid, softplus
 
 _SIZES = ("height", "width", "blocks", "chunks")  # not to compile again for each kind of them: see there
 
@@ -104,7 +104,7 @@ def ss2d_forward(
     state, alike = tl.arange(0, TILE), tl.zeros((BLOCK, 1), tl.int32)
     of_route = tl.full((), 0, tl.int64) + route * dim
     low_weight = _low_weight(weight + of_route * RANK, channel, exists, RANK)
-    exponent = _rows(A + of_route * STATES, channel, state, exists, unit, STATES) * LOG2_E
+    exponent = finite(_rows(A + of_route * STATES, channel, state, exists, unit, STATES) * LOG2_E)
     shift = tl.load(bias + of_route + channel, mask=exists, other=0.0)
     x_first, x_across, x_along = _walk(route, height, width, x_h, x_w, COLUMNS, BACKWARDS)
     p_first, p_across, p_along = _walk(route, height, width, width * p_l, p_l, COLUMNS, BACKWARDS)
@@ -177,7 +177,7 @@ def ss2d_adjoint(
     state, alike = tl.arange(0, TILE), tl.zeros((BLOCK, 1), tl.int32)
     of_route = tl.full((), 0, tl.int64) + route * dim
     low_weight = _low_weight(weight + of_route * RANK, channel, exists, RANK)
-    exponent = _rows(A + of_route * STATES, channel, state, exists, unit, STATES) * LOG2_E
+    exponent = finite(_rows(A + of_route * STATES, channel, state, exists, unit, STATES) * LOG2_E)
     shift = tl.load(bias + of_route + channel, mask=exists, other=0.0)
     g_first, g_across, g_along = _walk(route, height, width, g_h, g_w, COLUMNS, BACKWARDS)
     p_first, p_across, p_along = _walk(route, height, width, width * p_l, p_l, COLUMNS, BACKWARDS)
@@ -225,7 +225,7 @@ def ss2d_backward(
     state, alike = tl.arange(0, TILE), tl.zeros((BLOCK, 1), tl.int32)
     of_route = tl.full((), 0, tl.int64) + route * dim
     low_weight = _low_weight(weight + of_route * RANK, channel, exists, RANK)
-    exponent = _rows(A + of_route * STATES, channel, state, exists, unit, STATES) * LOG2_E
+    exponent = finite(_rows(A + of_route * STATES, channel, state, exists, unit, STATES) * LOG2_E)
     shift = tl.load(bias + of_route + channel, mask=exists, other=0.0)
     skip = tl.load(D + of_route + channel, mask=exists, other=0.0)
     g_first, g_across, g_along = _walk(route, height, width, g_h, g_w, COLUMNS, BACKWARDS)
