@@ -9,6 +9,7 @@ whether their tensors have data or not.
 
 import functools
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -102,19 +103,28 @@ def define(
         composition: As for `register`.
     """
 
+    parameters = signature(function).parameters.values()
+    needed = [(at, each.name) for at, each in enumerate(parameters) if each.annotation is Tensor]
+
+    def check_all(*arguments: Any) -> None:
+        for at, parameter in needed:
+            if arguments[at] is None:  # which the dispatcher lets pass
+                raise ValueError(f"{name}: {parameter} must be a tensor, got None")
+        check(*arguments)
+
     def run(first: Tensor, *others: Any) -> Tensor | tuple[Tensor, ...]:
-        check(first, *others)
+        check_all(first, *others)
         if first.numel() == 0:
             results = fake(first, *others)
             return results.zero_() if isinstance(results, Tensor) else tuple(each.zero_() for each in results)
         return function(first, *others)
 
     def run_fake(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        check(*arguments)
+        check_all(*arguments)
         return fake(*arguments)
 
     def compose(*arguments: Any) -> Tensor:
-        check(*arguments)
+        check_all(*arguments)
         return composition(*arguments)
 
     _in_forward_mode[name] = compose

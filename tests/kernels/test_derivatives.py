@@ -1,0 +1,159 @@
+"""Derivatives in every mode of torch: right values, or a refusal; never silent zeros."""
+
+import pytest
+import torch
+from hostile_arguments import _valid
+from test_hostile_arguments import OPERATORS
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import vision_kernels
+
+FORWARD = [name for name in OPERATORS if not name.endswith("_backward")]
+# The fused mixer has no gradient of its own: `vision_kernels.mamba_mixer` composes it where one is needed.
+WITH_GRADIENT = [name for name in FORWARD if name != "mamba_mixer"]
+
+
+def prepared(name):
+    """Return a function of an operator's tensors, and these, in float64."""
+    torch.manual_seed(0)
+    arguments = [torch.float64 if isinstance(each, torch.dtype) else each for each in _valid()[name]]
+    places = [at for at, each in enumerate(arguments) if isinstance(each, Tensor)]
+
+    def call(*tensors):
+        given = list(arguments)
+        for at, tensor in zip(places, tensors, strict=True):
+            given[at] = tensor
+        return getattr(torch.ops.vision_kernels, name)(*given)
+
+    return call, [arguments[at].double() for at in places]
+
+
+def slope(call, tensors, tangents, step=1e-6):
+    """Return the central difference along some tangents."""
+    ahead, behind = (
+        call(*(tensor + sign * step * tangent for tensor, tangent in zip(tensors, tangents, strict=True)))
+        for sign in (1, -1)
+    )
+    return (ahead - behind) / (2 * step)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode(name):
+    call, tensors = prepared(name)
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    value, tangent = torch.func.jvp(call, tuple(tensors), tuple(tangents))
+    torch.testing.assert_close(value, call(*tensors))
+    torch.testing.assert_close(tangent, slope(call, tensors, tangents), rtol=1e-5, atol=1e-7)
+    assert tangent.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_of_each_argument_alone(name):
+    call, tensors = prepared(name)
+    for place, tensor in enumerate(tensors):
+        tangents = [torch.zeros_like(each) for each in tensors]
+        tangents[place] = torch.randn_like(tensor)
+        with forward_ad.dual_level():
+            duals = list(tensors)
+            duals[place] = forward_ad.make_dual(tensor, tangents[place])
+            found = forward_ad.unpack_dual(call(*duals)).tangent
+        torch.testing.assert_close(found, slope(call, tensors, tangents), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_functional_gradients_are_right_or_refused(name):
+    call, tensors = prepared(name)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    expected = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    places = tuple(range(len(tensors)))
+    for transform in (torch.func.grad, torch.func.jacrev):
+        try:
+            found = transform(lambda *each: call(*each).square().sum(), argnums=places)(*tensors)
+        except RuntimeError as refused:
+            assert str(refused)  # noqa: PT017
+        else:
+            torch.testing.assert_close(found, expected)
+
+
+def test_jacobians_of_forward_mode():
+    call, (x,) = prepared("cross_scan")
+    x = x[:1, :1]
+    jacobian = torch.func.jacfwd(call)(x).reshape(-1, x.numel())
+    assert jacobian.sum(0).equal(torch.full_like(jacobian[0], 4.0))  # every pixel is once on each route
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_second_derivatives_are_right_or_refused(name):
+    call, tensors = prepared(name)
+    tensors[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(call(*tensors).square().sum(), tensors[0], create_graph=True)
+    try:
+        (found,) = torch.autograd.grad(gradient.sum(), tensors[0])
+    except RuntimeError as refused:
+        message = str(refused)
+        assert "differentiated once, not twice" in message
+    else:
+        assert name in ("cross_scan", "cross_merge")  # linear, each the gradient of the other
+        assert found.equal(torch.full_like(found, 8.0))  # four routes, squared
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.endswith("_backward")])
+def test_gradients_refuse_forward_mode(name):
+    call, tensors = prepared(name)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        torch.func.jvp(lambda grad: call(grad, *tensors[1:]), (tensors[0],), (torch.ones_like(tensors[0]),))
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_batches_of_vmap_are_right_or_refused(name):
+    call, (first, *others) = prepared(name)
+    several = torch.stack((first, first * 0.5, first * 2))
+    expected = torch.stack([call(each, *others) for each in several])
+    try:
+        found = torch.func.vmap(lambda each: call(each, *others))(several)
+    except RuntimeError as refused:
+        assert str(refused)  # noqa: PT017
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+def test_tangents_pass_where_gradients_are_off():
+    call, (x,) = prepared("cross_scan")
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode, forward_ad.dual_level():
+            found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        assert found is not None
+        assert found.equal(torch.ones_like(found))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bool, torch.int32, torch.complex64, torch.float8_e4m3fn, torch.qint8])
+def test_results_are_real_floating_point_numbers(out_dtype):
+    tensors = _valid()["selective_scan"][:7]
+    with pytest.raises(ValueError, match="out_dtype must be a real floating-point type"):
+        vision_kernels.selective_scan(*tensors, out_dtype=out_dtype)
+    for name in OPERATORS:
+        arguments = _valid()[name]
+        if isinstance(arguments[-1], torch.dtype):
+            with pytest.raises((ValueError, RuntimeError)):
+                getattr(torch.ops.vision_kernels, name)(*arguments[:-1], out_dtype)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_empty_batches_give_empty_results_and_no_gradients(name):
+    """In every backend alike: none of them is asked."""
+    arguments = _valid()[name]
+    batch = arguments[0].shape[0]
+    empty = [
+        each[:0] if isinstance(each, Tensor) and each.ndim > 2 and each.shape[0] == batch else each
+        for each in arguments
+    ]
+    if name.startswith("neighborhood_attention"):
+        empty = [
+            old if isinstance(old, Tensor) and old.ndim == 3 else new for old, new in zip(arguments, empty, strict=True)
+        ]
+    result = getattr(torch.ops.vision_kernels, name)(*empty)
+    first = result[0] if isinstance(result, tuple) else result
+    assert first.shape[0] == 0
+    for each in result if isinstance(result, tuple) else ():
+        assert not each.any()
