@@ -49,8 +49,8 @@ def run(program, monkeypatch, *words):
     runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
-def options_that_open(program):
-    """Return the options of a program that name a checkpoint; that of a positional one is empty."""
+def parser_of(program):
+    """Return the parser of a program."""
     parsers = []
 
     def parse(self, *arguments, **others):
@@ -62,9 +62,14 @@ def options_that_open(program):
             monkeypatch.setattr(kind, "parse_args", parse)
         with pytest.raises(_Parsed):
             run(program, monkeypatch)
+    return parsers[-1]
+
+
+def options_that_open(program):
+    """Return the options of a program that name a checkpoint; that of a positional one is empty."""
     return [
         action.option_strings[-1] if action.option_strings else ""
-        for action in parsers[-1]._actions
+        for action in parser_of(program)._actions
         if _OPENS.search(action.dest) and action.nargs != 0 and action.type is None and not action.choices
     ]
 

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
-from test_entry_points import PROGRAMS, _Parsed, run
+from test_entry_points import PROGRAMS, parser_of
 
 from conftest import SETTING
 from engine import options, trainer
 from engine.execution import compile_options
-from engine.parser import KeyValues, Parser
+from engine.parser import KeyValues
 from mambavision.errors import UserError
 from mambavision.launch import Process, pick_device
 from mambavision.ranges import RANGES, Range, check_ranges
@@ -34,22 +34,6 @@ HOSTILE = [
     "0x10",
     "1,2",
 ]
-
-
-def parser_of(program):
-    """Return the parser of a program."""
-    parsers = []
-
-    def parse(self, *arguments, **others):
-        parsers.append(self)
-        raise _Parsed
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for kind in (argparse.ArgumentParser, Parser):
-            monkeypatch.setattr(kind, "parse_args", parse)
-        with pytest.raises(_Parsed):
-            run(program, monkeypatch)
-    return parsers[-1]
 
 
 def is_numeric(action):
