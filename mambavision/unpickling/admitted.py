@@ -63,65 +63,65 @@ def _require(condition: bool, problem: str) -> None:
 def _whole_numbers(values: Any) -> list[int]:
     """Return sizes or strides as a list: whole numbers from 0 on, at most 64 of them."""
     is_sequence = isinstance(values, tuple | list) and len(values) <= 64
-    _require(is_sequence and all(type(each) is int and each >= 0 for each in values), "a shape is not one")
+    _require(is_sequence and all(type(each) is int and each >= 0 for each in values), "an invalid shape")
     return list(values)
 
 
 def _refuse_call(arguments: Arguments, state: Any, items: Items) -> Any:
-    raise ValueError("a name is called that only goes with others")
+    raise ValueError("a class that is called instead of named")
 
 
 # Python
 
 
 def _ordered_dict(arguments: Arguments, state: Any, items: Items) -> OrderedDict:
-    _require(arguments == (), "an OrderedDict has arguments")
+    _require(arguments == (), "an OrderedDict with arguments")
     result = OrderedDict(items)
     if state is not None:  # of modules: the versions of their parts
         metadata = state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
-        _require(isinstance(metadata, dict), "an OrderedDict has attributes")
-        _require(all(isinstance(each, dict) for each in metadata.values()), "the versions of modules are none")
+        _require(isinstance(metadata, dict), "an OrderedDict with attributes")
+        _require(all(isinstance(each, dict) for each in metadata.values()), "invalid versions of modules")
         result._metadata = metadata
     return result
 
 
 def _counter(arguments: Arguments, state: Any, items: Items) -> Counter:
     counts = arguments[0] if len(arguments) == 1 else None
-    _require(isinstance(counts, dict) and state is None and not items, "a Counter holds no counts")
-    _require(all(type(count) is int for count in counts.values()), "a Counter holds no counts")
+    _require(isinstance(counts, dict) and state is None and not items, "an invalid Counter")
+    _require(all(type(count) is int for count in counts.values()), "an invalid Counter")
     return Counter(counts)
 
 
 def _set(arguments: Arguments, state: Any, items: Items) -> list:
-    _require(len(arguments) == 1 and type(arguments[0]) is list and state is None and not items, "a set is none")
+    _require(len(arguments) == 1 and type(arguments[0]) is list and state is None and not items, "an invalid set")
     return arguments[0]
 
 
 def _empty_bytes(arguments: Arguments, state: Any, items: Items) -> bytes:
-    _require(arguments == () and state is None and not items, "bytes have arguments")
+    _require(arguments == () and state is None and not items, "bytes with arguments")
     return b""
 
 
 def _encoded(arguments: Arguments, state: Any, items: Items) -> bytes:
     is_call = len(arguments) == 2 and type(arguments[0]) is str and arguments[1] == "latin1"
-    _require(is_call and state is None and not items, "bytes are encoded otherwise than by pickle")
+    _require(is_call and state is None and not items, "invalid bytes")
     return arguments[0].encode("latin1")
 
 
 def _namespace(arguments: Arguments, state: Any, items: Items) -> dict[str, Any]:
-    _require(arguments == () and not items and isinstance(state, dict), "a Namespace has no attributes")
-    _require(all(type(key) is str for key in state), "a Namespace has attributes without a name")
+    _require(arguments == () and not items and isinstance(state, dict), "an invalid Namespace")
+    _require(all(type(key) is str for key in state), "a Namespace with unnamed attributes")
     return dict(state)
 
 
 def _config_node(arguments: Arguments, state: Any, items: Items) -> dict:
-    _require(arguments in ((), ({},)) and (state is None or isinstance(state, dict)), "a CfgNode has arguments")
+    _require(arguments in ((), ({},)) and (state is None or isinstance(state, dict)), "an invalid CfgNode")
     return dict(items)
 
 
 def _path(flavour: type[PurePosixPath] | type[PureWindowsPath]) -> Callable[[Arguments, Any, Items], str]:
     def build(arguments: Arguments, state: Any, items: Items) -> str:
-        _require(all(type(part) is str for part in arguments) and state is None and not items, "a path is none")
+        _require(all(type(part) is str for part in arguments) and state is None and not items, "an invalid path")
         return str(flavour(*arguments))
 
     return build
@@ -134,31 +134,31 @@ _NUMBERS = ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f
 
 def _dtype(arguments: Arguments, state: Any, items: Items) -> np.dtype:
     code = arguments[0] if arguments else None
-    _require(type(code) is str and arguments[1:] in ((), (False, True)) and not items, "a numpy.dtype is none")
+    _require(type(code) is str and arguments[1:] in ((), (False, True)) and not items, "an invalid numpy.dtype")
     if code not in _NUMBERS:
         raise RefusedError(f"numpy.dtype({code[:20]!r})")
     order = state[1] if isinstance(state, tuple) and len(state) == 8 else None if state is not None else "="
-    _require(order in ("<", ">", "|", "="), "a numpy.dtype has parts")
+    _require(order in ("<", ">", "|", "="), "a numpy.dtype with parts")
     if state is not None:
-        _require(state == (3, order, None, None, None, -1, -1, 0), "a numpy.dtype has parts")
+        _require(state == (3, order, None, None, None, -1, -1, 0), "a numpy.dtype with parts")
     return np.dtype(code).newbyteorder(order)
 
 
 def _numpy_scalar(arguments: Arguments, state: Any, items: Items) -> bool | int | float:
     dtype, data = arguments if len(arguments) == 2 else (None, None)
     is_number = isinstance(dtype, np.dtype) and type(data) is bytes and state is None and not items
-    _require(is_number and len(data) == dtype.itemsize, "a number of NumPy is none")
+    _require(is_number and len(data) == dtype.itemsize, "an invalid NumPy scalar")
     return np.frombuffer(data, dtype)[0].item()
 
 
 def _numpy_array(arguments: Arguments, state: Any, items: Items) -> Tensor:
     is_array = len(arguments) == 3 and arguments[0] is ADMITTED["numpy.ndarray"] and arguments[1:] == ((0,), b"b")
-    _require(is_array and isinstance(state, tuple) and len(state) == 5 and not items, "an array of NumPy is none")
+    _require(is_array and isinstance(state, tuple) and len(state) == 5 and not items, "an invalid NumPy array")
     version, shape, dtype, is_fortran, data = state
-    _require(version == 1 and isinstance(dtype, np.dtype) and type(is_fortran) is bool, "an array of NumPy is none")
+    _require(version == 1 and isinstance(dtype, np.dtype) and type(is_fortran) is bool, "an invalid NumPy array")
     shape = _whole_numbers(shape)
     has_data = type(data) is bytes and math.prod(shape) * dtype.itemsize == len(data)
-    _require(has_data, "an array of NumPy declares another size than it has")
+    _require(has_data, "a NumPy array that declares another size than it has")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))  # a copy: bytes cannot be written to
 
@@ -167,17 +167,17 @@ def _numpy_array(arguments: Arguments, state: Any, items: Items) -> Tensor:
 
 
 def _check_tensor_options(requires_grad: Any, hooks: Any) -> None:
-    _require(type(requires_grad) is bool, "a tensor's requires_grad is no truth value")
-    _require(hooks is None or (isinstance(hooks, dict) and not hooks), "a tensor has hooks")
+    _require(type(requires_grad) is bool, "a tensor with an invalid requires_grad")
+    _require(hooks is None or (isinstance(hooks, dict) and not hooks), "a tensor with hooks")
 
 
 def _check_plain_call(state: Any, items: Items) -> None:
-    _require(state is None and not items, "a tensor has parts")
+    _require(state is None and not items, "a tensor with attributes")
 
 
 def _on_storage(storage: Storage, dtype: torch.dtype | None, offset: Any, size: Any, stride: Any) -> Tensor:
-    _require(hasattr(storage, "tensor") and not isinstance(storage, Tensor), "a tensor has no data")
-    _require(type(offset) is int and offset >= 0, "a tensor begins nowhere")
+    _require(hasattr(storage, "tensor") and not isinstance(storage, Tensor), "a tensor without data")
+    _require(type(offset) is int and offset >= 0, "a tensor with an invalid offset")
     return storage.tensor(dtype, offset, _whole_numbers(size), _whole_numbers(stride))
 
 
@@ -191,7 +191,7 @@ def _tensor_v2(arguments: Arguments, state: Any, items: Items) -> Tensor:
     _check_plain_call(state, items)
     storage, offset, size, stride, requires_grad, hooks, *metadata = arguments
     _check_tensor_options(requires_grad, hooks)
-    _require(metadata in ([], [None], [{}]), "a tensor has metadata")
+    _require(metadata in ([], [None], [{}]), "a tensor with metadata")
     return _on_storage(storage, None, offset, size, stride)
 
 
@@ -199,8 +199,8 @@ def _tensor_v3(arguments: Arguments, state: Any, items: Items) -> Tensor:
     _check_plain_call(state, items)
     storage, offset, size, stride, requires_grad, hooks, dtype, *metadata = arguments
     _check_tensor_options(requires_grad, hooks)
-    _require(metadata in ([], [None], [{}]), "a tensor has metadata")
-    _require(isinstance(dtype, Admitted) and dtype.value in _DTYPES, "a tensor has no dtype")
+    _require(metadata in ([], [None], [{}]), "a tensor with metadata")
+    _require(isinstance(dtype, Admitted) and dtype.value in _DTYPES, "a tensor with an invalid dtype")
     return _on_storage(storage, _DTYPES[dtype.value], offset, size, stride)
 
 
@@ -208,7 +208,7 @@ def _parameter(arguments: Arguments, state: Any, items: Items) -> Tensor:
     _check_plain_call(state, items)
     data, requires_grad, hooks, *attributes = arguments
     _check_tensor_options(requires_grad, hooks)
-    _require(isinstance(data, Tensor) and len(attributes) <= 1, "a parameter has no data")
+    _require(isinstance(data, Tensor) and len(attributes) <= 1, "a parameter without data")
     return data
 
 
@@ -217,7 +217,7 @@ def _tensor_with_attributes(arguments: Arguments, state: Any, items: Items) -> T
     function, kind, its_arguments, _ = arguments
     is_tensor = any(function is ADMITTED[f"torch._utils.{name}"] for name in ("_rebuild_tensor_v2", "_rebuild_tensor"))
     is_plain = kind is ADMITTED["torch.Tensor"] or kind is ADMITTED["torch.nn.parameter.Parameter"]
-    _require(is_tensor and is_plain and isinstance(its_arguments, tuple), "a tensor is of another class")
+    _require(is_tensor and is_plain and isinstance(its_arguments, tuple), "a tensor of another class")
     return function.build(its_arguments, None, [])
 
 
@@ -230,8 +230,8 @@ def _size(arguments: Arguments, state: Any, items: Items) -> tuple[int, ...]:
 def _device(arguments: Arguments, state: Any, items: Items) -> str:
     _check_plain_call(state, items)
     kind, *index = arguments
-    _require(type(kind) is str and len(kind) < 20 and len(index) <= 1, "a device is none")
-    _require(all(type(each) is int for each in index), "a device is none")
+    _require(type(kind) is str and len(kind) < 20 and len(index) <= 1, "an invalid device")
+    _require(all(type(each) is int for each in index), "an invalid device")
     return ":".join(map(str, arguments))
 
 
@@ -242,16 +242,16 @@ _STATISTICS = ("min", "max", "current", "mean")
 
 def _history(arguments: Arguments, state: Any, items: Items) -> dict[str, Any]:
     """Return the logged values of a HistoryBuffer, which `mambavision.openmmlab.checkpoints` makes one of again."""
-    _require(arguments == () and not items and isinstance(state, dict), "a HistoryBuffer has no values")
+    _require(arguments == () and not items and isinstance(state, dict), "an invalid HistoryBuffer")
     values, counts, length = (state.get(key) for key in ("_log_history", "_count_history", "max_length"))
-    _require(isinstance(values, Tensor) and isinstance(counts, Tensor), "a HistoryBuffer has no values")
-    _require(values.ndim == 1 and values.shape == counts.shape, "a HistoryBuffer has no values")
-    _require(type(length) is int and length > 0, "a HistoryBuffer has no length")
+    _require(isinstance(values, Tensor) and isinstance(counts, Tensor), "an invalid HistoryBuffer")
+    _require(values.ndim == 1 and values.shape == counts.shape, "an invalid HistoryBuffer")
+    _require(type(length) is int and length > 0, "an invalid HistoryBuffer")
     return {"log_history": values, "count_history": counts, "max_length": length}
 
 
 def _statistic(arguments: Arguments, state: Any, items: Items) -> str:
-    _require(len(arguments) == 2 and state is None and not items, "getattr is called otherwise than by pickle")
+    _require(len(arguments) == 2 and state is None and not items, "an invalid call of getattr")
     owner, name = arguments
     if owner is not ADMITTED["mmengine.logging.history_buffer.HistoryBuffer"] or name not in _STATISTICS:
         raise RefusedError("getattr")

@@ -51,16 +51,16 @@ class _Data:
         """Return a tensor of some elements, by default of the storage's dtype. See `admitted.Storage`."""
         elements = self.elements if dtype is None else self.elements.view(dtype)
         if len(size) != len(stride):
-            raise ValueError("a tensor has another number of strides than of dimensions")
+            raise ValueError("a tensor whose strides do not match its dimensions")
         count = 1
         for length in size:
             count *= length
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if count and last >= len(elements):
-            raise ValueError("a tensor reaches beyond its data")
+            raise ValueError("a tensor that reaches beyond its data")
         self._budget[0] -= count * elements.itemsize
         if count > max(1, len(elements)) or self._budget[0] < 0:
-            raise ValueError("tensors declare more elements than the file has")
+            raise ValueError("tensors that declare more elements than the file has")
         return elements.as_strided(size, stride, offset if count else 0)
 
 
@@ -69,9 +69,9 @@ def _identity(identity: tuple, others: int) -> tuple[str, torch.dtype, int]:
     kind, storage, key, _location, count, *rest = identity
     has_dtype = isinstance(storage, Admitted) and storage.storage_dtype is not None
     if kind != "storage" or not has_dtype or type(key) is not str or type(count) is not int or count < 0:
-        raise ValueError("the identity of tensor data is none")
+        raise ValueError("an invalid reference to tensor data")
     if rest != [None] * others:
-        raise ValueError("tensor data is a part of other data, as only the first versions of PyTorch wrote it")
+        raise ValueError("tensor data inside other data, as only the first versions of PyTorch wrote it")
     return key, storage.storage_dtype, count
 
 
@@ -83,7 +83,7 @@ def _from_archive(path: Path, with_data: bool) -> Any:
         _check_sizes(archive, path.stat().st_size)
         names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
-            raise ValueError("the archive holds no checkpoint")
+            raise ValueError("an archive without a checkpoint")
         folder = names[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in archive.namelist():
             raise RefusedError("a TorchScript program")
@@ -96,9 +96,9 @@ def _check_sizes(archive: zipfile.ZipFile, file_size: int) -> None:
     """Raise a ValueError if the parts of an archive declare more bytes than there are."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
-        raise ValueError("the archive is compressed, as torch.save never does")
+        raise ValueError("a compressed archive, which torch.save never writes")
     if sum(entry.file_size for entry in entries) > file_size:
-        raise ValueError("its parts declare more bytes than the file has")
+        raise ValueError("parts that declare more bytes than the file has")
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
@@ -139,7 +139,7 @@ class _ArchiveData:
             self._read[key] = _Data(self._elements(name, dtype, count), self._budget)
         data = self._read[key]
         if (data.elements.dtype, len(data.elements)) != (dtype, count):
-            raise ValueError("tensors declare the same data differently")
+            raise ValueError("tensors that declare the same data differently")
         return data
 
     def _elements(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
@@ -163,9 +163,9 @@ def _from_row(path: Path, with_data: bool) -> Any:
     file = io.BytesIO(content)
     magic, protocol, system = (as_plain(follow(file, _no_data)) for _ in range(3))
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
-        raise ValueError("it was not written by torch.save")
+        raise ValueError("not written by torch.save")
     if system.get("little_endian") is not (sys.byteorder == "little"):
-        raise ValueError("it was written on a machine of the other byte order")
+        raise ValueError("written on a machine of the other byte order")
     data = _RowData(len(content), with_data)
     described = follow(file, data.storage)
     if with_data:
@@ -174,7 +174,7 @@ def _from_row(path: Path, with_data: bool) -> Any:
 
 
 def _no_data(identity: tuple) -> _Data:
-    raise ValueError("tensor data is named where there is none")
+    raise ValueError("a reference to tensor data where there is none")
 
 
 class _RowData:
@@ -191,21 +191,21 @@ class _RowData:
         if key not in self._found:
             self._bytes_left -= count * dtype.itemsize
             if self._bytes_left < 0:
-                raise ValueError("its tensors declare more bytes than the file has")
+                raise ValueError("tensors that declare more bytes than the file has")
             self._found[key] = _Data(torch.empty(count, dtype=dtype, device=self._device), self._budget)
         data = self._found[key]
         if (data.elements.dtype, len(data.elements)) != (dtype, count):
-            raise ValueError("tensors declare the same data differently")
+            raise ValueError("tensors that declare the same data differently")
         return data
 
     def fill(self, keys: Any, file: io.BytesIO) -> None:
         """Read the data, which come in the order of `keys`, each after its number of elements."""
         if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self._found):
-            raise ValueError("its tensor data are others than its tensors name")
+            raise ValueError("tensor data that do not match the tensors")
         for key in keys:
             elements = self._found[key].elements
             count = int.from_bytes(file.read(8), "little", signed=True)
             part = bytearray(file.read(elements.nbytes))
             if count != len(elements) or len(part) != elements.nbytes:
-                raise EOFError("tensor data are cut short")
+                raise EOFError("truncated tensor data")
             elements.copy_(_elements(part, elements.dtype))

@@ -57,7 +57,7 @@ def follow(file: BinaryIO, storage_of: StorageOf) -> Any:
     machine = _Machine(storage_of)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if count >= _MOST_INSTRUCTIONS:
-            raise ValueError(f"it has more than {_MOST_INSTRUCTIONS:,} instructions")
+            raise ValueError(f"more than {_MOST_INSTRUCTIONS:,} instructions")
         machine.step(opcode.name, argument)
     (result,) = machine.stack
     return result
@@ -90,7 +90,7 @@ class _Machine:
 
     def _top(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise IndexError("an instruction lacks its operands")
+            raise IndexError("an instruction without operands")
         return self.stack[-count:]
 
     def _mark(self) -> None:
@@ -120,7 +120,7 @@ class _Machine:
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise TypeError("something is appended to what is no list")
+            raise TypeError("an item appended to something other than a list")
         target.extend(items)
 
     def _setitem(self) -> None:
@@ -134,13 +134,13 @@ class _Machine:
         target, pairs = self.stack[-1], list(zip(flat[::2], flat[1::2], strict=True))
         # Other keys could take for ever to hash, or are found in no checkpoint.
         if not all(type(key) in _SCALARS and not (type(key) is int and abs(key) >= 2**60) for key, _ in pairs):
-            raise TypeError("the key of a dictionary is neither text nor a number")
+            raise TypeError("a dictionary key that is neither text nor a number")
         if type(target) is dict:
             target.update(pairs)
         elif type(target) is _Call:
             target.items.extend(pairs)
         else:
-            raise TypeError("an item is set in what is no dictionary")
+            raise TypeError("an item set in something other than a dictionary")
 
     def _global(self, name: str) -> None:
         name = ".".join(name.split(" "))
@@ -151,20 +151,20 @@ class _Machine:
     def _reduce(self) -> None:
         function, arguments = self._top(2)
         if type(function) is not Admitted or type(arguments) is not tuple:
-            raise TypeError("something is called that is no function")
+            raise TypeError("a call of something other than a function")
         self.stack[-2:] = [_Call(function, arguments)]
 
     def _build(self) -> None:
         call, state = self._top(2)
         if type(call) is not _Call or call.state is not None:
-            raise TypeError("a state is set on what has none")
+            raise TypeError("a state set on something without one")
         call.state = state
         self.stack.pop()
 
     def _binpersid(self) -> None:
         identity = self.stack.pop()
         if type(identity) is not tuple:
-            raise TypeError("the identity of tensor data is none")
+            raise TypeError("an invalid reference to tensor data")
         self.stack.append(self._storage_of(identity))
 
     _ACTIONS: ClassVar[dict[str, Callable]] = {
@@ -194,7 +194,7 @@ def as_plain(described: Any) -> Any:
     maker = _Maker()
     value = maker.value(described, depth=0)
     if maker.size_of(described) > _LARGEST_TREE:
-        raise ValueError(f"it has more than {_LARGEST_TREE:,} values")
+        raise ValueError(f"more than {_LARGEST_TREE:,} values")
     return value
 
 
@@ -222,7 +222,7 @@ class _Maker:
         key = id(node), is_argument
         if key not in self._made:
             if key in self._begun or depth > _DEEPEST_TREE:
-                raise ValueError("it contains itself, or is nested too deeply")
+                raise ValueError("values that contain themselves or are nested too deeply")
             self._begun.add(key)
             self._made[key] = self._make(node, depth + 1, is_argument)
             self._sizes[id(node)] = min(1 + sum(map(self.size_of, _parts(node))), 2 * _LARGEST_TREE)
