@@ -30,8 +30,10 @@ class _Library(torch.library.Library):
 
 def _with_forward_mode(reverse_mode: Callable, composition: Callable) -> Callable:
     def differentiable(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        # Asked in every call, so first what is quickest: whether there are tangents anywhere.
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+        # Asked in every call, so first what is quickest: whether there can be tangents anywhere. Graphs of
+        # torch.compile enter a transform without the level that forward_ad counts.
+        dual = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        if dual and any(map(_has_tangent, arguments)):
             return composition(*arguments)
         return reverse_mode(keyset, *arguments)
 
@@ -39,7 +41,7 @@ def _with_forward_mode(reverse_mode: Callable, composition: Callable) -> Callabl
 
 
 def _has_tangent(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument, level=0).tangent is not None
 
 
 _LIBRARY = _Library("vision_kernels", "FRAGMENT")
