@@ -1,4 +1,7 @@
-"""Derivatives in every mode of torch: right values, or a refusal; never silent zeros."""
+"""Transforms of torch.func and second derivatives: right values, or a refusal; never silent zeros.
+
+Forward mode has tests of its own in test_forward_mode.py.
+"""
 
 import pytest
 import torch
@@ -27,38 +30,6 @@ def prepared(name):
         return getattr(torch.ops.vision_kernels, name)(*given)
 
     return call, [arguments[at].double() for at in places]
-
-
-def slope(call, tensors, tangents, step=1e-6):
-    """Return the central difference along some tangents."""
-    ahead, behind = (
-        call(*(tensor + sign * step * tangent for tensor, tangent in zip(tensors, tangents, strict=True)))
-        for sign in (1, -1)
-    )
-    return (ahead - behind) / (2 * step)
-
-
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward_mode(name):
-    call, tensors = prepared(name)
-    tangents = [torch.randn_like(tensor) for tensor in tensors]
-    value, tangent = torch.func.jvp(call, tuple(tensors), tuple(tangents))
-    torch.testing.assert_close(value, call(*tensors))
-    torch.testing.assert_close(tangent, slope(call, tensors, tangents), rtol=1e-5, atol=1e-7)
-    assert tangent.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward_mode_of_each_argument_alone(name):
-    call, tensors = prepared(name)
-    for place, tensor in enumerate(tensors):
-        tangents = [torch.zeros_like(each) for each in tensors]
-        tangents[place] = torch.randn_like(tensor)
-        with forward_ad.dual_level():
-            duals = list(tensors)
-            duals[place] = forward_ad.make_dual(tensor, tangents[place])
-            found = forward_ad.unpack_dual(call(*duals)).tangent
-        torch.testing.assert_close(found, slope(call, tensors, tangents), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENT)
@@ -96,13 +67,6 @@ def test_second_derivatives_are_right_or_refused(name):
     else:
         assert name in ("cross_scan", "cross_merge")  # linear, each the gradient of the other
         assert found.equal(torch.full_like(found, 8.0))  # four routes, squared
-
-
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name.endswith("_backward")])
-def test_gradients_refuse_forward_mode(name):
-    call, tensors = prepared(name)
-    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
-        torch.func.jvp(lambda grad: call(grad, *tensors[1:]), (tensors[0],), (torch.ones_like(tensors[0]),))
 
 
 @pytest.mark.parametrize("name", FORWARD)
