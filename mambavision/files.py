@@ -35,6 +35,8 @@ def check_writable(path: str | os.PathLike) -> None:
         raise OutputError(f"{path}: cannot be written (it is a folder); give the path of a file.")
     try:
         _check_lengths(path)
+        if _is_special(path):
+            return
         with tempfile.TemporaryFile(dir=_existing_parent(path)):
             pass
     except OSError as error:
@@ -46,11 +48,17 @@ def replacing(path: str | os.PathLike):
     """Open a temporary binary file that takes the place of `path` only once it is complete and on disk.
 
     Processes and threads may write the same path at once: the last to be complete stays. What processes that were
-    killed have left in the folder is removed when a process first writes there.
+    killed have left in the folder is removed when a process first writes there. A link stays a link, and devices and
+    pipes, such as ``/dev/stdout``, are written as they are: nothing may take their place.
     """
     path = Path(path)
     temporary = None
     try:
+        if _is_special(path):
+            with path.open("wb") as file:
+                yield file
+            return
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent)
         temporary, file = _open_temporary(path)
@@ -71,6 +79,11 @@ def replacing(path: str | os.PathLike):
         if temporary is not None:
             _open.discard(temporary.name)
             temporary.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device, a pipe or the like."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def link(source: Path, target: Path) -> None:

@@ -392,6 +392,30 @@ def test_places_can_be_tried_before_the_work(tmp_path):
             check_writable(path)
 
 
+def test_devices_pipes_and_links_stay_what_they_are(tmp_path):
+    """Root could replace them: /dev/null would be a file from then on."""
+    link = tmp_path / "link"
+    link.symlink_to("results.json")
+    (tmp_path / "results.json").write_text("old")
+    with replacing(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "results.json").read_text() == "new"
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")
+    check_writable(device)
+    with replacing(device) as file:
+        file.write(b"gone")
+    assert device.is_symlink()
+    assert Path("/dev/null").is_char_device()
+    with (
+        pytest.raises(OutputError, match=r"/dev/full: cannot be written \(No space left on device\)"),
+        replacing("/dev/full") as file,
+    ):
+        file.write(b"x")
+    assert Path("/dev/full").is_char_device()
+
+
 def test_full_disks_tell_what_is_free(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
