@@ -51,6 +51,16 @@ def check_dims(operator: str, name: str, tensor: Tensor, layout: str) -> None:
         raise ValueError(f"{operator}: {name} must be ({layout}), got shape {tuple(tensor.shape)}")
 
 
+def check_states(operator: str, A: Tensor) -> None:
+    """Require at least one state in A, (dim, state).
+
+    Raises:
+        ValueError: There is none.
+    """
+    if A.shape[1] == 0:
+        raise ValueError(f"{operator}: A has shape {tuple(A.shape)}: at least one state is needed")
+
+
 def check_moved(operator: str, name: str, tensor: Tensor) -> None:
     """Require a dense tensor of a type that PyTorch can rearrange.
 

@@ -5,14 +5,11 @@ Forward mode has tests of its own in test_forward_mode.py.
 
 import pytest
 import torch
-from hostile_arguments import _valid
-from test_hostile_arguments import OPERATORS
+from samples import registered, sample
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import vision_kernels
-
-FORWARD = [name for name in OPERATORS if not name.endswith("_backward")]
+FORWARD = [name for name in registered() if not name.endswith("_backward")]
 # The fused mixer has no gradient of its own: `vision_kernels.mamba_mixer` composes it where one is needed.
 WITH_GRADIENT = [name for name in FORWARD if name != "mamba_mixer"]
 
@@ -20,7 +17,7 @@ WITH_GRADIENT = [name for name in FORWARD if name != "mamba_mixer"]
 def prepared(name):
     """Return a function of an operator's tensors, and these, in float64."""
     torch.manual_seed(0)
-    arguments = [torch.float64 if isinstance(each, torch.dtype) else each for each in _valid()[name]]
+    arguments = sample(name, torch.float64)
     places = [at for at, each in enumerate(arguments) if isinstance(each, Tensor)]
 
     def call(*tensors):
@@ -89,35 +86,3 @@ def test_tangents_pass_where_gradients_are_off():
             found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
         assert found is not None
         assert found.equal(torch.ones_like(found))
-
-
-@pytest.mark.parametrize("out_dtype", [torch.bool, torch.int32, torch.complex64, torch.float8_e4m3fn, torch.qint8])
-def test_results_are_real_floating_point_numbers(out_dtype):
-    tensors = _valid()["selective_scan"][:7]
-    with pytest.raises(ValueError, match="out_dtype must be a real floating-point type"):
-        vision_kernels.selective_scan(*tensors, out_dtype=out_dtype)
-    for name in OPERATORS:
-        arguments = _valid()[name]
-        if isinstance(arguments[-1], torch.dtype):
-            with pytest.raises((ValueError, RuntimeError)):
-                getattr(torch.ops.vision_kernels, name)(*arguments[:-1], out_dtype)
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_empty_batches_give_empty_results_and_no_gradients(name):
-    """In every backend alike: none of them is asked."""
-    arguments = _valid()[name]
-    batch = arguments[0].shape[0]
-    empty = [
-        each[:0] if isinstance(each, Tensor) and each.ndim > 2 and each.shape[0] == batch else each
-        for each in arguments
-    ]
-    if name.startswith("neighborhood_attention"):
-        empty = [
-            old if isinstance(old, Tensor) and old.ndim == 3 else new for old, new in zip(arguments, empty, strict=True)
-        ]
-    result = getattr(torch.ops.vision_kernels, name)(*empty)
-    first = result[0] if isinstance(result, tuple) else result
-    assert first.shape[0] == 0
-    for each in result if isinstance(result, tuple) else ():
-        assert not each.any()

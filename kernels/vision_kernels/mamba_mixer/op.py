@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.arguments import check, check_dims
+from vision_kernels.arguments import check, check_dims, check_states
 from vision_kernels.backends import Implementation, Operator
 from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.mamba_mixer.composed import mamba_mixer_composed
@@ -78,6 +78,7 @@ def _check_sizes(xz: Tensor, conv_weight: Tensor, dt_proj_weight: Tensor, A: Ten
     check_dims("mamba_mixer", "conv_weight", conv_weight, "2 inner, taps")
     check_dims("mamba_mixer", "dt_proj_weight", dt_proj_weight, "inner, rank")
     check_dims("mamba_mixer", "A", A, "inner, state")
+    check_states("mamba_mixer", A)
 
 
 def _check(xz, conv_weight, x_proj_weight, dt_proj_weight, dt_bias, A, D, delta_bias) -> None:

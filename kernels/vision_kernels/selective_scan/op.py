@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.arguments import check, check_dims, check_output_dtype
+from vision_kernels.arguments import check, check_dims, check_output_dtype, check_states
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.native import why_not_float32
@@ -160,6 +160,7 @@ def _check(
 ) -> None:
     check_dims("selective_scan", "u", u, "batch, length, dim" if channels_last else "batch, dim, length")
     check_dims("selective_scan", "A", A, "dim, state")
+    check_states("selective_scan", A)
     check_dims(
         "selective_scan", "B", B, "batch, length, groups, state" if channels_last else "batch, groups, state, length"
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.arguments import check, check_dims, check_output_dtype
+from vision_kernels.arguments import check, check_dims, check_output_dtype, check_states
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cross_scan.routes import check_routes
 from vision_kernels.cuda import compiled_for_cuda
@@ -98,6 +98,7 @@ def _check_sizes(x: Tensor, dt_projs_weight: Tensor, A: Tensor) -> None:
     check_dims("ss2d", "x", x, "batch, dim, height, width")
     check_dims("ss2d", "dt_projs_weight", dt_projs_weight, "4, dim, rank")
     check_dims("ss2d", "A", A, "4 dim, state")
+    check_states("ss2d", A)
 
 
 def _check(
