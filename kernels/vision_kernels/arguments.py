@@ -1,8 +1,11 @@
 """Checks of operator arguments, made before any work starts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
+
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check(operator: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
@@ -13,8 +16,8 @@ def check(operator: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, 
         expected: For each argument the tensor, or None if it is absent, and its shape.
 
     Raises:
-        ValueError: A tensor has another shape, is on another device than the first, or is not of a real
-            floating-point type. Names the argument and both shapes.
+        ValueError: A tensor has another shape, is on another device than the first, is not dense, or is not of a
+            type that operators compute with. Names the argument and both shapes.
     """
     first, (leader, _) = next(iter(expected.items()))
     device = leader.device
@@ -28,8 +31,10 @@ def check(operator: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, 
             )
         if tensor.device != device:
             raise ValueError(f"{operator}: {name} is on {tensor.device}, {first} is on {device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{operator}: {name} must be a real floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype not in _COMPUTED:
+            raise ValueError(_not_computed(operator, name, "tensor", tensor.dtype))
+        if tensor.layout is not torch.strided:
+            raise ValueError(_not_dense(operator, name, tensor))
 
 
 def check_dims(operator: str, name: str, tensor: Tensor, layout: str) -> None:
@@ -40,3 +45,37 @@ def check_dims(operator: str, name: str, tensor: Tensor, layout: str) -> None:
     """
     if tensor.ndim != layout.count(",") + 1:
         raise ValueError(f"{operator}: {name} must be ({layout}), got shape {tuple(tensor.shape)}")
+
+
+def check_moved(operator: str, name: str, tensor: Tensor) -> None:
+    """Require a dense tensor of any type whose elements are numbers of their own.
+
+    Raises:
+        ValueError: The tensor is sparse or quantized.
+    """
+    if tensor.layout is not torch.strided:
+        raise ValueError(_not_dense(operator, name, tensor))
+    if tensor.is_quantized:
+        raise ValueError(f"{operator}: {name} must not be quantized, got {tensor.dtype}: call dequantize() first")
+
+
+def check_output_dtype(operator: str, dtype: torch.dtype) -> None:
+    """Require a dtype that operators compute with.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if dtype not in _COMPUTED:
+        raise ValueError(_not_computed(operator, "out_dtype", "type", dtype))
+
+
+def _not_computed(operator: str, name: str, what: str, dtype: torch.dtype) -> str:
+    return f"{operator}: {name} must be a real floating-point {what}, got {dtype}; take one of {_names(_COMPUTED)}"
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
+
+
+def _not_dense(operator: str, name: str, tensor: Tensor) -> str:
+    return f"{operator}: {name} must be dense, got {tensor.layout}: call to_dense() first"

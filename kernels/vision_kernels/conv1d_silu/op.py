@@ -49,10 +49,14 @@ def conv1d_silu(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: Shapes, dtypes or devices do not fit; names the argument and both shapes.
     """
+    return torch.ops.vision_kernels.conv1d_silu(x, weight)
+
+
+def _check(grad_y: Tensor | None, x: Tensor, weight: Tensor) -> None:
     check_dims("conv1d_silu", "x", x, "batch, length, dim")
     check_dims("conv1d_silu", "weight", weight, "dim, taps")
-    check("conv1d_silu", {"x": (x, x.shape), "weight": (weight, (x.shape[2], max(1, weight.shape[1])))})
-    return torch.ops.vision_kernels.conv1d_silu(x, weight)
+    shape_of_weight = (x.shape[2], max(1, weight.shape[1]))
+    check("conv1d_silu", {"x": (x, x.shape), "weight": (weight, shape_of_weight), "grad_y": (grad_y, x.shape)})
 
 
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +84,17 @@ def _backward(ctx, grad_y):
     return torch.ops.vision_kernels.conv1d_silu_backward(grad_y, *ctx.saved_tensors)
 
 
-register("conv1d_silu", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
+register(
+    "conv1d_silu",
+    _forward,
+    _fake_forward,
+    _gradients,
+    _fake_gradients,
+    _backward,
+    _setup_context,
+    check=_check,
+    composition=conv1d_silu_reference,
+)
 
 
 @register_flop_formula(torch.ops.vision_kernels.conv1d_silu)

@@ -6,7 +6,7 @@ Each is linear, and the gradient of the other, so that both can be differentiate
 import torch
 from torch import Tensor
 
-from vision_kernels.arguments import check_dims
+from vision_kernels.arguments import check_dims, check_moved
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cross_scan.cpu import cross_merge_cpu, cross_scan_cpu, why_unable
 from vision_kernels.cross_scan.cuda import cross_merge_cuda, cross_scan_cuda
@@ -58,8 +58,6 @@ def cross_scan(x: Tensor, routes: str = "cross") -> Tensor:
     Raises:
         ValueError: `x` has another number of dimensions, or there are no routes of this name.
     """
-    check_routes("cross_scan", routes)
-    check_dims("cross_scan", "x", x, "batch, dim, height, width")
     return torch.ops.vision_kernels.cross_scan(x, routes)
 
 
@@ -80,15 +78,25 @@ def cross_merge(y: Tensor, height: int, width: int, routes: str = "cross") -> Te
     Raises:
         ValueError: `y` has another shape, or there are no routes of this name.
     """
+    return torch.ops.vision_kernels.cross_merge(y, height, width, routes)
+
+
+def _check_scan(x: Tensor, routes: str) -> None:
+    check_routes("cross_scan", routes)
+    check_dims("cross_scan", "x", x, "batch, dim, height, width")
+    check_moved("cross_scan", "x", x)
+
+
+def _check_merge(y: Tensor, height: int, width: int, routes: str) -> None:
     check_routes("cross_merge", routes)
     check_dims("cross_merge", "y", y, "batch, 4, dim, length")
-    if (y.shape[1], y.shape[3]) != (4, height * width) or height < 0:
+    check_moved("cross_merge", "y", y)
+    if (y.shape[1], y.shape[3]) != (4, height * width) or height < 0 or width < 0:
         expected = (y.shape[0], 4, y.shape[2], height * width)
         raise ValueError(
             f"cross_merge: y has shape {tuple(y.shape)}, expected {expected} "
             f"for an image of height {height} and width {width}"
         )
-    return torch.ops.vision_kernels.cross_merge(y, height, width, routes)
 
 
 def _scan(x: Tensor, routes: str) -> Tensor:
@@ -126,5 +134,21 @@ def _scan_gradient(ctx, grad_x):
     return torch.ops.vision_kernels.cross_scan(grad_x.unflatten(2, ctx.image_size), ctx.routes), None, None, None
 
 
-define("cross_scan", _scan, _fake_scan, _merge_gradient, _keep_image_size)
-define("cross_merge", _merge, _fake_merge, _scan_gradient, _keep_arguments)
+define(
+    "cross_scan",
+    _scan,
+    _fake_scan,
+    _merge_gradient,
+    _keep_image_size,
+    check=_check_scan,
+    composition=cross_scan_torch,
+)
+define(
+    "cross_merge",
+    _merge,
+    _fake_merge,
+    _scan_gradient,
+    _keep_arguments,
+    check=_check_merge,
+    composition=cross_merge_torch,
+)

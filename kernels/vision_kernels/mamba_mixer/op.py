@@ -64,18 +64,24 @@ def mamba_mixer(
         ValueError: Shapes, dtypes or devices do not fit; names the argument and both shapes.
     """
     arguments = (xz, conv_weight, x_proj_weight, dt_proj_weight, dt_bias, A, D, delta_bias)
-    _check(*arguments)
+    _check_sizes(xz, conv_weight, dt_proj_weight, A)
     needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in arguments)
     if needs_gradient or not _has_fused(xz.device.type) or not _is_fused(*_case(*arguments)):
+        _check(*arguments)
         return mamba_mixer_composed(*arguments)
     return torch.ops.vision_kernels.mamba_mixer(*arguments)
 
 
-def _check(xz, conv_weight, x_proj_weight, dt_proj_weight, dt_bias, A, D, delta_bias) -> None:
+def _check_sizes(xz: Tensor, conv_weight: Tensor, dt_proj_weight: Tensor, A: Tensor) -> None:
+    """Check the dimensions of the tensors that say which sizes the others must have."""
     check_dims("mamba_mixer", "xz", xz, "batch, length, 2 inner")
     check_dims("mamba_mixer", "conv_weight", conv_weight, "2 inner, taps")
     check_dims("mamba_mixer", "dt_proj_weight", dt_proj_weight, "inner, rank")
     check_dims("mamba_mixer", "A", A, "inner, state")
+
+
+def _check(xz, conv_weight, x_proj_weight, dt_proj_weight, dt_bias, A, D, delta_bias) -> None:
+    _check_sizes(xz, conv_weight, dt_proj_weight, A)
     (batch, length, _), (inner, rank), state = xz.shape, dt_proj_weight.shape, A.shape[1]
     check(
         "mamba_mixer",
@@ -133,7 +139,15 @@ def _refuse_gradient(ctx, grad):
     raise RuntimeError("torch.ops.vision_kernels.mamba_mixer has no gradient: call vision_kernels.mamba_mixer instead")
 
 
-define("mamba_mixer", _forward, _fake_forward, _refuse_gradient, None)
+define(
+    "mamba_mixer",
+    _forward,
+    _fake_forward,
+    _refuse_gradient,
+    None,
+    check=_check,
+    composition=mamba_mixer_composed,
+)
 
 
 @register_flop_formula(torch.ops.vision_kernels.mamba_mixer)

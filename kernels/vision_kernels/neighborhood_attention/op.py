@@ -97,11 +97,18 @@ def neighborhood_attention(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit; names the argument and both shapes.
     """
-    _check(query, key, value, kernel_size, dilation, bias)
     return torch.ops.vision_kernels.neighborhood_attention(query, key, value, bias, kernel_size, dilation)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, kernel_size: int, dilation: int, bias: Tensor | None) -> None:
+def _check(
+    grad_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+) -> None:
     operator = "neighborhood_attention"
     check_dims(operator, "query", query, "batch, heads, height, width, head_dim")
     if kernel_size < 1 or kernel_size % 2 == 0:
@@ -111,7 +118,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kernel_size: int, dilation
     shape, side, reach = tuple(query.shape), 2 * kernel_size - 1, kernel_size * dilation
     check(
         operator,
-        {"query": (query, shape), "key": (key, shape), "value": (value, shape), "bias": (bias, (shape[1], side, side))},
+        {
+            "query": (query, shape),
+            "key": (key, shape),
+            "value": (value, shape),
+            "bias": (bias, (shape[1], side, side)),
+            "grad_out": (grad_out, shape),
+        },
     )
     if reach > min(shape[2:4]):
         raise ValueError(
@@ -162,7 +175,17 @@ def _backward(ctx, grad_out):
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None
 
 
-register("neighborhood_attention", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
+register(
+    "neighborhood_attention",
+    _forward,
+    _fake_forward,
+    _gradients,
+    _fake_gradients,
+    _backward,
+    _setup_context,
+    check=_check,
+    composition=neighborhood_attention_reference,
+)
 
 
 @register_flop_formula(torch.ops.vision_kernels.neighborhood_attention)

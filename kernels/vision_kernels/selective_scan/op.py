@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.arguments import check, check_dims
+from vision_kernels.arguments import check, check_dims, check_output_dtype
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cuda import compiled_for_cuda
 from vision_kernels.native import why_not_float32
@@ -117,30 +117,36 @@ def selective_scan(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit; names the argument and both shapes.
     """
-    check_dims("selective_scan", "u", u, "batch, length, dim" if channels_last else "batch, dim, length")
-    check_dims("selective_scan", "delta", delta, "batch, length, dim" if channels_last else "batch, dim, length")
-    check_dims("selective_scan", "A", A, "dim, state")
-    B, C = _with_groups("B", B, channels_last), _with_groups("C", C, channels_last)
-    _check(u, delta, A, B, C, D, delta_bias, channels_last)
     channel_dim = 2 if channels_last else 1
-    if delta.shape[channel_dim] != A.shape[0]:
-        shared = A.shape[0] // delta.shape[channel_dim]
-        delta = delta.repeat_interleave(shared, dim=channel_dim)
-        delta_bias = None if delta_bias is None else delta_bias.repeat_interleave(shared)
+    B, C = (each.unsqueeze(channel_dim) if each.ndim == 3 else each for each in (B, C))
+    if delta.ndim == u.ndim == 3 and delta.shape[channel_dim] != u.shape[channel_dim]:
+        delta, delta_bias = _repeated(u, delta, delta_bias, channel_dim)
     return torch.ops.vision_kernels.selective_scan(
         u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype or u.dtype
     )
 
 
-def _with_groups(name: str, tensor: Tensor, channels_last: bool) -> Tensor:
-    if tensor.ndim == 3:
-        return tensor.unsqueeze(2 if channels_last else 1)
-    layout = "batch, length, groups, state" if channels_last else "batch, groups, state, length"
-    check_dims("selective_scan", name, tensor, layout)
-    return tensor
+def _repeated(u: Tensor, delta: Tensor, delta_bias: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor | None]:
+    """Return a step size for every channel of u."""
+    deltas, dim = delta.shape[channel_dim], u.shape[channel_dim]
+    _check_groups(u, "delta", delta, channel_dim)
+    shape = [*u.shape]
+    shape[channel_dim] = deltas
+    check("selective_scan", {"u": (u, u.shape), "delta": (delta, tuple(shape)), "delta_bias": (delta_bias, (deltas,))})
+    delta = delta.repeat_interleave(dim // deltas, dim=channel_dim)
+    return delta, None if delta_bias is None else delta_bias.repeat_interleave(dim // deltas)
+
+
+def _check_groups(u: Tensor, name: str, tensor: Tensor, channel_dim: int) -> None:
+    dim, parts = u.shape[channel_dim], tensor.shape[channel_dim]
+    if parts == 0 or dim % parts != 0:
+        raise ValueError(
+            f"selective_scan: dim {dim} of u does not divide into the {parts} groups of {name} {tuple(tensor.shape)}"
+        )
 
 
 def _check(
+    grad_y: Tensor | None,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -148,32 +154,34 @@ def _check(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
+    delta_softplus: bool,
     channels_last: bool,
+    out_dtype: torch.dtype = torch.float32,
 ) -> None:
-    if channels_last:
-        (batch, length, dim), deltas, groups = u.shape, delta.shape[2], B.shape[2]
-    else:
-        (batch, dim, length), deltas, groups = u.shape, delta.shape[1], B.shape[1]
-    state = A.shape[1]
-    for name, tensor, parts in (("B", B, groups), ("delta", delta, deltas)):
-        if parts == 0 or dim % parts != 0:
-            raise ValueError(
-                f"selective_scan: dim {dim} of u does not divide into the {parts} groups of "
-                f"{name} {tuple(tensor.shape)}"
-            )
+    check_dims("selective_scan", "u", u, "batch, length, dim" if channels_last else "batch, dim, length")
+    check_dims("selective_scan", "A", A, "dim, state")
+    check_dims(
+        "selective_scan", "B", B, "batch, length, groups, state" if channels_last else "batch, groups, state, length"
+    )
+    channel_dim = 2 if channels_last else 1
+    _check_groups(u, "B", B, channel_dim)
+    (batch, *_), length, dim, state = u.shape, u.shape[3 - channel_dim], u.shape[channel_dim], A.shape[1]
+    groups = B.shape[channel_dim]
     coupling = (batch, length, groups, state) if channels_last else (batch, groups, state, length)
     check(
         "selective_scan",
         {
             "u": (u, u.shape),
-            "delta": (delta, (batch, length, deltas) if channels_last else (batch, deltas, length)),
+            "delta": (delta, u.shape),
             "A": (A, (dim, state)),
             "B": (B, coupling),
             "C": (C, coupling),
             "D": (D, (dim,)),
-            "delta_bias": (delta_bias, (deltas,)),
+            "delta_bias": (delta_bias, (dim,)),
+            "grad_y": (grad_y, u.shape),
         },
     )
+    check_output_dtype("selective_scan", out_dtype)
 
 
 def _forward(
@@ -232,7 +240,17 @@ def _backward(ctx, grad_y):
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None, None
 
 
-register("selective_scan", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
+register(
+    "selective_scan",
+    _forward,
+    _fake_forward,
+    _gradients,
+    _fake_gradients,
+    _backward,
+    _setup_context,
+    check=_check,
+    composition=channels_first(selective_scan_reference),
+)
 
 
 def _scan_flops(u_shape, A_shape, *, with_skip: bool) -> int:

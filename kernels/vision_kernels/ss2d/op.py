@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.arguments import check, check_dims
+from vision_kernels.arguments import check, check_dims, check_output_dtype
 from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
 from vision_kernels.cross_scan.routes import check_routes
 from vision_kernels.cuda import compiled_for_cuda
@@ -83,7 +83,9 @@ def ss2d(
         ValueError: Shapes, dtypes or devices do not fit (names the argument and both shapes), or there are no such
             routes.
     """
-    _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, routes, out_dtype)
+    _check_sizes(x, dt_projs_weight, A)
+    columns = dt_projs_weight.shape[2] + 2 * A.shape[1]
+    check("ss2d", {"x": (x, x.shape), "x_proj_weight": (x_proj_weight, (4, columns, x.shape[1]))})
     # A product at each position, and so the same before and after these are put in the order of a route.
     pixels = x.flatten(2).transpose(1, 2)  # (batch, length, dim)
     projections = F.linear(pixels, x_proj_weight.flatten(0, 1).to(x.dtype)).unflatten(2, x_proj_weight.shape[:2])
@@ -91,25 +93,40 @@ def ss2d(
     return torch.ops.vision_kernels.ss2d(x, projections, dt_projs_weight, dt_projs_bias, A, D, routes, out_dtype)
 
 
-def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, routes, out_dtype) -> None:
-    check_routes("ss2d", routes)
+def _check_sizes(x: Tensor, dt_projs_weight: Tensor, A: Tensor) -> None:
+    """Check the dimensions of the tensors that say which sizes the others must have."""
     check_dims("ss2d", "x", x, "batch, dim, height, width")
     check_dims("ss2d", "dt_projs_weight", dt_projs_weight, "4, dim, rank")
     check_dims("ss2d", "A", A, "4 dim, state")
-    dim, rank, state = x.shape[1], dt_projs_weight.shape[2], A.shape[1]
+
+
+def _check(
+    grad_y: Tensor | None,
+    x: Tensor,
+    projections: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    routes: str,
+    out_dtype: torch.dtype = torch.float32,
+) -> None:
+    check_routes("ss2d", routes)
+    _check_sizes(x, dt_weight, A)
+    (batch, dim, height, width), rank, state = x.shape, dt_weight.shape[2], A.shape[1]
     check(
         "ss2d",
         {
             "x": (x, x.shape),
-            "x_proj_weight": (x_proj_weight, (4, rank + 2 * state, dim)),
-            "dt_projs_weight": (dt_projs_weight, (4, dim, rank)),
-            "dt_projs_bias": (dt_projs_bias, (4, dim)),
+            "projections": (projections, (batch, height * width, 4, rank + 2 * state)),
+            "dt_projs_weight": (dt_weight, (4, dim, rank)),
+            "dt_projs_bias": (dt_bias, (4, dim)),
             "A": (A, (4 * dim, state)),
             "D": (D, (4 * dim,)),
+            "grad_y": (grad_y, x.shape),
         },
     )
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ValueError(f"ss2d: out_dtype must be a real floating-point type, got {out_dtype}")
+    check_output_dtype("ss2d", out_dtype)
 
 
 def _forward(
@@ -162,7 +179,17 @@ def _backward(ctx, grad_y):
     return *grads, None, None
 
 
-register("ss2d", _forward, _fake_forward, _gradients, _fake_gradients, _backward, _setup_context)
+register(
+    "ss2d",
+    _forward,
+    _fake_forward,
+    _gradients,
+    _fake_gradients,
+    _backward,
+    _setup_context,
+    check=_check,
+    composition=functools.partial(ss2d_unfused, selective_scan_reference),
+)
 
 
 def _flops(x_shape, dt_weight_shape, A_shape) -> int:
