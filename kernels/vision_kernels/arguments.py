@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What PyTorch can flip and add up, and so every backend can.
+_MOVED = (
+    *_COMPUTED,
+    *(torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 def check(operator: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
@@ -48,15 +54,15 @@ def check_dims(operator: str, name: str, tensor: Tensor, layout: str) -> None:
 
 
 def check_moved(operator: str, name: str, tensor: Tensor) -> None:
-    """Require a dense tensor of any type whose elements are numbers of their own.
+    """Require a dense tensor of a type that PyTorch can reorder and add up, which includes integers.
 
     Raises:
-        ValueError: The tensor is sparse or quantized.
+        ValueError: It is sparse, or of another type.
     """
     if tensor.layout is not torch.strided:
         raise ValueError(_not_dense(operator, name, tensor))
-    if tensor.is_quantized:
-        raise ValueError(f"{operator}: {name} must not be quantized, got {tensor.dtype}: call dequantize() first")
+    if tensor.dtype not in _MOVED:
+        raise ValueError(f"{operator}: {name} must have one of the types {_names(_MOVED)}, got {tensor.dtype}")
 
 
 def check_output_dtype(operator: str, dtype: torch.dtype) -> None:

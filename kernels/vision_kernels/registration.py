@@ -102,23 +102,37 @@ def define(
         composition: As for `register`.
     """
 
+    schema = torch.library.infer_schema(function, mutates_args=())
+    required = [
+        (position, each.name)
+        for position, each in enumerate(torch._C.parse_schema(name + schema).arguments)
+        if str(each.type) == "Tensor"
+    ]
+
+    def check_all(*arguments: Any) -> None:
+        # The dispatcher takes None for any tensor.
+        for position, argument in required:
+            if arguments[position] is None:
+                raise ValueError(f"{name}: {argument} must be a tensor, got None")
+        check(*arguments)
+
     def run(first: Tensor, *others: Any) -> Tensor | tuple[Tensor, ...]:
-        check(first, *others)
+        check_all(first, *others)
         if first.numel() == 0:
             results = fake(first, *others)
             return results.zero_() if isinstance(results, Tensor) else tuple(each.zero_() for each in results)
         return function(first, *others)
 
     def run_fake(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        check(*arguments)
+        check_all(*arguments)
         return fake(*arguments)
 
     def compose(*arguments: Any) -> Tensor:
-        check(*arguments)
+        check_all(*arguments)
         return composition(*arguments)
 
     _in_forward_mode[name] = compose
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     qualified = f"vision_kernels::{name}"
     torch.library.register_fake(qualified, run_fake, lib=_LIBRARY)

@@ -18,6 +18,9 @@ _VIEWS = [
 def as_c(argument: Tensor | int | None) -> bytes | ctypes.c_int64 | None:
     """Return what ctypes passes to a kernel: a pointer to a view of a tensor, an integer, or a null pointer."""
     if isinstance(argument, Tensor):
-        shape = argument.shape  # ctypes passes bytes as a pointer to them
-        return _VIEWS[len(shape)].pack(argument.data_ptr(), _DTYPES[argument.dtype], *shape, *argument.stride())
+        shape, address = argument.shape, argument.data_ptr()
+        if not address and 0 not in shape:
+            raise ValueError(f"a tensor of shape {tuple(shape)} has no memory: its storage was freed")
+        # ctypes passes bytes as a pointer to them
+        return _VIEWS[len(shape)].pack(address, _DTYPES[argument.dtype], *shape, *argument.stride())
     return None if argument is None else ctypes.c_int64(argument)

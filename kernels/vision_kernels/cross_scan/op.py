@@ -48,7 +48,7 @@ def cross_scan(x: Tensor, routes: str = "cross") -> Tensor:
     Its gradient is `cross_merge`.
 
     Args:
-        x: (batch, dim, height, width), of any dtype.
+        x: (batch, dim, height, width), real, complex, integer or boolean.
         routes: "cross": row after row, column after column, and both backwards. "unidirectional": four times row after
             row. "bidirectional": twice row after row, and twice backwards.
 
@@ -67,7 +67,7 @@ def cross_merge(y: Tensor, height: int, width: int, routes: str = "cross") -> Te
     Types of 16 bits are added up in float32. Its gradient is `cross_scan`.
 
     Args:
-        y: (batch, 4, dim, height * width), of any dtype.
+        y: (batch, 4, dim, height * width), real, complex, integer or boolean.
         height: Of the image.
         width: Of the image.
         routes: As for `cross_scan`.

@@ -22,8 +22,15 @@ def mamba_mixer_composed(
     delta_bias: Tensor,
 ) -> Tensor:
     """Return (batch, length, 2 inner) with the dtype of `xz`. Shapes as in the operator."""
-    x_proj, dt_proj = partial(F.linear, weight=x_proj_weight), partial(F.linear, weight=dt_proj_weight, bias=dt_bias)
+    x_proj, dt_proj = partial(_linear, weight=x_proj_weight), partial(_linear, weight=dt_proj_weight, bias=dt_bias)
     return compose_mixer(xz, conv_weight, x_proj, dt_proj, A, D, delta_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a layer whose parameters may have other dtypes than x, as in the fused kernel."""
+    return F.linear(
+        x, *(each if each is None or each.dtype == x.dtype else each.to(x.dtype) for each in (weight, bias))
+    )
 
 
 def compose_mixer(
