@@ -54,10 +54,17 @@ def why_not_float32(*arguments: object) -> str | None:
 
 
 def call(kernel: str, instruction_set: str, *arguments: Tensor | int | None) -> None:
-    """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor."""
-    _function(kernel, instruction_set)(*map(as_c, arguments))
+    """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor.
+
+    Raises:
+        MemoryError: There is not enough for what the kernel keeps for itself.
+    """
+    if _function(kernel, instruction_set)(*map(as_c, arguments)):
+        raise MemoryError(f"{kernel}: out of memory; compute fewer images at a time or smaller ones")
 
 
 @functools.cache
 def _function(kernel: str, instruction_set: str) -> ctypes._CFuncPtr:
-    return getattr(_load(), f"{kernel}_{instruction_set}")
+    function = getattr(_load(), f"{kernel}_{instruction_set}")
+    function.restype = ctypes.c_int64
+    return function

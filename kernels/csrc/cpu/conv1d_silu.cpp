@@ -53,10 +53,11 @@ VK_INLINE Pack convolve(const View& x, const Sizes& sizes, const Vec* weight, in
 }
 
 template <class T>
-void forward(const View& x, const View& weight, const View& y, const Sizes& sizes) {
-    parallel_for(sizes.batch * sizes.chunks, [&](int64_t task) {
+Status forward(const View& x, const View& weight, const View& y, const Sizes& sizes) {
+    return parallel_for(sizes.batch * sizes.chunks, [&](int64_t task) {
         const int64_t batch = task / sizes.chunks, chunk = task % sizes.chunks;
-        Scratch scratch(sizes.taps * sizes.vectors());
+        Scratch scratch(times(sizes.taps, sizes.vectors()));
+        if (!scratch) return false;
         Vec* w = scratch.take(sizes.taps * sizes.vectors());
         load_weight(weight, sizes, w);
         for (int64_t t = sizes.begin(chunk); t < sizes.begin(chunk + 1); ++t)
@@ -64,20 +65,22 @@ void forward(const View& x, const View& weight, const View& y, const Sizes& size
                 const Pack s = convolve<T>(x, sizes, w, batch, t, v);
                 store_row(at<T>(y, batch, t), v * kLanes, sizes.dim, silu(s, sigmoid(s)));
             }
+        return true;
     });
 }
 
 // grad_weight (batch, chunks, taps, dim) are partial sums that Python adds up. The gradient of the convolution's output
 // is computed again for the few steps before and behind a chunk, so that chunks depend on nothing but the inputs.
 template <class T>
-void backward(const View& grad_y, const View& x, const View& weight, const View& grad_x, const View& grad_weight,
-              const Sizes& sizes) {
-    parallel_for(sizes.batch * sizes.chunks, [&](int64_t task) {
+Status backward(const View& grad_y, const View& x, const View& weight, const View& grad_x, const View& grad_weight,
+                const Sizes& sizes) {
+    return parallel_for(sizes.batch * sizes.chunks, [&](int64_t task) {
         const int64_t batch = task / sizes.chunks, chunk = task % sizes.chunks, width = sizes.vectors();
         const int64_t begin = sizes.begin(chunk), end = sizes.begin(chunk + 1);
         const int64_t first = maximum<int64_t>(0, begin + sizes.before() - (sizes.taps - 1));
         const int64_t last = minimum(sizes.length, end + sizes.before());
-        Scratch scratch((2 * sizes.taps + last - first) * width);
+        Scratch scratch(times(2 * sizes.taps + last - first, width));
+        if (!scratch) return false;
         Vec* w = scratch.take(sizes.taps * width);
         Vec* of_weight = scratch.take(sizes.taps * width);
         Vec* of_sum = scratch.take((last - first) * width);
@@ -112,6 +115,7 @@ void backward(const View& grad_y, const View& x, const View& weight, const View&
             for (int64_t v = 0; v < width; v += kPack)
                 store_row(at<float>(grad_weight, batch, chunk, k), v * kLanes, sizes.dim,
                           load_pack(of_weight + k * width + v));
+        return true;
     });
 }
 
@@ -125,11 +129,11 @@ Sizes sizes_of(const View& x, const View& weight, int64_t chunks) {
 VK_ENTRY(conv1d_silu_forward)
 (const View* x, const View* weight, const View* y, int64_t chunks) {
     auto run = x->dtype == kFloat32 ? forward<float> : forward<BFloat16>;
-    run(*x, *weight, *y, sizes_of(*x, *weight, chunks));
+    return run(*x, *weight, *y, sizes_of(*x, *weight, chunks));
 }
 
 VK_ENTRY(conv1d_silu_backward)
 (const View* grad_y, const View* x, const View* weight, const View* grad_x, const View* grad_weight, int64_t chunks) {
     auto run = x->dtype == kFloat32 ? backward<float> : backward<BFloat16>;
-    run(*grad_y, *x, *weight, *grad_x, *grad_weight, sizes_of(*x, *weight, chunks));
+    return run(*grad_y, *x, *weight, *grad_x, *grad_weight, sizes_of(*x, *weight, chunks));
 }

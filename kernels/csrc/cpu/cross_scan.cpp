@@ -141,23 +141,25 @@ void merge_image(const Problem& problem, const T* const* sequences, T* image) {
 }
 
 template <class T>
-void scan(const View& x, const View& y, const Problem& problem) {
+Status scan(const View& x, const View& y, const Problem& problem) {
     const Layout layout{0, x.stride[2], x.stride[3]};
-    parallel_for(x.size[0] * x.size[1], [&](int64_t task) {
+    return parallel_for(x.size[0] * x.size[1], [&](int64_t task) {
         const int64_t batch = task / x.size[1], channel = task % x.size[1];
         T* sequences[kRoutes];
         for (int j = 0; j < kRoutes; ++j) sequences[j] = at<T>(y, batch, j, channel);
         scan_image(problem, at<const T>(x, batch, channel), layout, sequences);
+        return true;
     });
 }
 
 template <class T>
-void merge(const View& y, const View& x, const Problem& problem) {
-    parallel_for(x.size[0] * x.size[1], [&](int64_t task) {
+Status merge(const View& y, const View& x, const Problem& problem) {
+    return parallel_for(x.size[0] * x.size[1], [&](int64_t task) {
         const int64_t batch = task / x.size[1], channel = task % x.size[1];
         const T* sequences[kRoutes];
         for (int j = 0; j < kRoutes; ++j) sequences[j] = at<const T>(y, batch, j, channel);
         merge_image(problem, sequences, at<T>(x, batch, channel));
+        return true;
     });
 }
 
@@ -167,12 +169,12 @@ void merge(const View& y, const View& x, const Problem& problem) {
 VK_ENTRY(cross_scan_forward)
 (const View* x, const View* y, int64_t step0, int64_t step1, int64_t step2, int64_t step3) {
     const int64_t steps[] = {step0, step1, step2, step3};
-    (x->dtype == kFloat32 ? scan<float> : scan<BFloat16>)(*x, *y, Problem(x->size[2], x->size[3], steps));
+    return (x->dtype == kFloat32 ? scan<float> : scan<BFloat16>)(*x, *y, Problem(x->size[2], x->size[3], steps));
 }
 
 // y (batch, 4, dim, length) with adjacent positions -> x (batch, dim, height, width), contiguous; of one type.
 VK_ENTRY(cross_merge_forward)
 (const View* y, const View* x, int64_t step0, int64_t step1, int64_t step2, int64_t step3) {
     const int64_t steps[] = {step0, step1, step2, step3};
-    (x->dtype == kFloat32 ? merge<float> : merge<BFloat16>)(*y, *x, Problem(x->size[2], x->size[3], steps));
+    return (x->dtype == kFloat32 ? merge<float> : merge<BFloat16>)(*y, *x, Problem(x->size[2], x->size[3], steps));
 }

@@ -290,11 +290,12 @@ void spread(const Vec* weights, const Vec* vectors, const Problem& problem, cons
 }
 
 template <class T>
-void forward_tile(const View& query, const View& key, const View& value, const View* bias, const View& out,
+bool forward_tile(const View& query, const View& key, const View& value, const View* bias, const View& out,
                   const Problem& problem, const Tile& tile) {
     const int64_t dims = problem.dim_vectors, group_vectors = problem.group * dims;
     Scratch scratch(tile.transposed_vectors(problem) + tile.positions() * dims + Tables::vectors(problem) +
                     kLanes * dims + 2 * group_vectors + problem.group * problem.padded_units);
+    if (!scratch) return false;
     float* keys = reinterpret_cast<float*>(scratch.take(tile.transposed_vectors(problem)));
     Vec* values = scratch.take(tile.positions() * dims);
     Vec* block = scratch.take(kLanes * dims);
@@ -318,18 +319,19 @@ void forward_tile(const View& query, const View& key, const View& value, const V
                 for (int64_t d = 0; d < dims; ++d) sums[q * dims + d] *= 1.0f / total[q];
             store_group<T>(out, problem, tile, group, sums);
         }
+    return true;
 }
 
 template <class T>
-void forward(const View& query, const View& key, const View& value, const View* bias, const View& out,
-             int64_t window) {
+Status forward(const View& query, const View& key, const View& value, const View* bias, const View& out,
+               int64_t window) {
     const Problem problem(query, window);
     const int64_t across = problem.columns.tiles(), tiles = problem.rows.tiles() * across;
-    parallel_for(problem.batch * problem.heads * tiles, [&](int64_t task) {
+    return parallel_for(problem.batch * problem.heads * tiles, [&](int64_t task) {
         const int64_t image = task / tiles, tile = task % tiles;
-        forward_tile<T>(query, key, value, bias, out, problem,
-                        {image / problem.heads, image % problem.heads, Range(problem.rows, tile / across),
-                         Range(problem.columns, tile % across)});
+        return forward_tile<T>(query, key, value, bias, out, problem,
+                               {image / problem.heads, image % problem.heads, Range(problem.rows, tile / across),
+                                Range(problem.columns, tile % across)});
     });
 }
 
@@ -370,12 +372,13 @@ struct Gradients {
 };
 
 template <class T>
-void backward_tile(const View& grad_out, const View& query, const View& key, const View& value, const View* bias,
+bool backward_tile(const View& grad_out, const View& query, const View& key, const View& value, const View* bias,
                    const Gradients& grads, float* grad_bias, const Problem& problem, const Tile& tile) {
     const int64_t dims = problem.dim_vectors, group_vectors = problem.group * dims, units = problem.padded_units;
     const int64_t window_vectors = tile.positions() * dims, transposed_vectors = tile.transposed_vectors(problem);
     Scratch scratch(2 * transposed_vectors + 3 * window_vectors + Tables::vectors(problem) + problem.bias_vectors() +
                     kLanes * dims + 3 * group_vectors + 2 * problem.group * units);
+    if (!scratch) return false;
     float* transposed_keys = reinterpret_cast<float*>(scratch.take(transposed_vectors));
     float* transposed_values = reinterpret_cast<float*>(scratch.take(transposed_vectors));
     Vec* keys = scratch.take(window_vectors);
@@ -420,35 +423,38 @@ void backward_tile(const View& grad_out, const View& query, const View& key, con
     const float* table = reinterpret_cast<const float*>(bias_table) + problem.group - 1;
     for (int64_t i = 0; grad_bias && i < problem.bias_rows(); ++i, table += problem.bias_pitch)
         for (int64_t j = 0; j < problem.bias_rows(); ++j) *grad_bias++ = table[j];
+    return true;
 }
 
 // Tiles run in four rounds, those with even and odd indices apart. In a round the windows to which gradients are added
 // do not overlap, so that there are no races and the order of additions does not depend on the number of threads.
 template <class T>
-void backward(const View& grad_out, const View& query, const View& key, const View& value, const View* bias,
-              const Gradients& grads, int64_t window) {
+Status backward(const View& grad_out, const View& query, const View& key, const View& value, const View* bias,
+                const Gradients& grads, int64_t window) {
     const Problem problem(query, window);
     const int64_t down = problem.rows.tiles(), across = problem.columns.tiles();
     const int64_t table = problem.bias_rows() * problem.bias_rows();
     for (int64_t odd_row = 0; odd_row < 2; ++odd_row)
         for (int64_t odd_column = 0; odd_column < 2; ++odd_column) {
             const int64_t few_across = (across + 1 - odd_column) / 2, tiles = (down + 1 - odd_row) / 2 * few_across;
-            parallel_for(problem.batch * problem.heads * tiles, [&](int64_t task) {
+            const Status status = parallel_for(problem.batch * problem.heads * tiles, [&](int64_t task) {
                 const int64_t image = task / tiles, tile = task % tiles;
                 const int64_t row = tile / few_across * 2 + odd_row, column = tile % few_across * 2 + odd_column;
                 float* grad_bias = grads.bias ? grads.bias + ((image * down + row) * across + column) * table : nullptr;
-                backward_tile<T>(grad_out, query, key, value, bias, grads, grad_bias, problem,
-                                 {image / problem.heads, image % problem.heads, Range(problem.rows, row),
-                                  Range(problem.columns, column)});
+                return backward_tile<T>(grad_out, query, key, value, bias, grads, grad_bias, problem,
+                                        {image / problem.heads, image % problem.heads, Range(problem.rows, row),
+                                         Range(problem.columns, column)});
             });
+            if (status != kDone) return status;
         }
+    return kDone;
 }
 
 // Sums the gradients of the tiles, in double precision because there are many.
-void reduce_bias(const float* tiles, const Problem& problem, const View& grad_bias) {
+Status reduce_bias(const float* tiles, const Problem& problem, const View& grad_bias) {
     const int64_t side = problem.bias_rows(), table = side * side;
     const int64_t per_image = problem.rows.tiles() * problem.columns.tiles();
-    parallel_for(problem.heads * side, [&](int64_t task) {
+    return parallel_for(problem.heads * side, [&](int64_t task) {
         const int64_t head = task / side, row = task % side;
         for (int64_t column = 0; column < side; ++column) {
             double total = 0;
@@ -457,6 +463,7 @@ void reduce_bias(const float* tiles, const Problem& problem, const View& grad_bi
                     total += tiles[((batch * problem.heads + head) * per_image + tile) * table + row * side + column];
             *at<float>(grad_bias, head, row, column) = float(total);
         }
+        return true;
     });
 }
 
@@ -466,7 +473,7 @@ void reduce_bias(const float* tiles, const Problem& problem, const View& grad_bi
 VK_ENTRY(neighborhood_attention_forward)
 (const View* query, const View* key, const View* value, const View* bias, const View* out, int64_t window) {
     auto run = query->dtype == kFloat32 ? forward<float> : forward<BFloat16>;
-    run(*query, *key, *value, bias, *out, window);
+    return run(*query, *key, *value, bias, *out, window);
 }
 
 // Gradients are float32, and those of key and value must be zero.
@@ -479,10 +486,11 @@ VK_ENTRY(neighborhood_attention_backward)
         const int64_t count = problem.batch * problem.heads * problem.rows.tiles() * problem.columns.tiles();
         tiles = static_cast<float*>(
             __builtin_malloc(count * problem.bias_rows() * problem.bias_rows() * sizeof(float) + 1));
-        if (!tiles) __builtin_trap();
+        if (!tiles) return kOutOfMemory;
     }
     auto run = query->dtype == kFloat32 ? backward<float> : backward<BFloat16>;
-    run(*grad_out, *query, *key, *value, bias, {*grad_query, *grad_key, *grad_value, tiles}, window);
-    if (grad_bias) reduce_bias(tiles, problem, *grad_bias);
+    Status status = run(*grad_out, *query, *key, *value, bias, {*grad_query, *grad_key, *grad_value, tiles}, window);
+    if (grad_bias && status == kDone) status = reduce_bias(tiles, problem, *grad_bias);
     __builtin_free(tiles);
+    return status;
 }

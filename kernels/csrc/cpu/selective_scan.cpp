@@ -148,9 +148,10 @@ struct Inputs {
 };
 
 template <class T, class Out>
-void forward_block(const Inputs& in, const View& y, const Block& block) {
+bool forward_block(const Inputs& in, const View& y, const Block& block) {
     const int64_t states = in.shape.states, length = in.shape.length;
     Scratch scratch((2 + kTile) * states + 3 * kTile);
+    if (!scratch) return false;
     Vec* rates = scratch.take(states);
     Vec* state = scratch.take(states);
     Vec* decay = scratch.take(states * kTile);
@@ -184,14 +185,15 @@ void forward_block(const Inputs& in, const View& y, const Block& block) {
         });
         store_tile<Out>(y, block, begin, count, out);
     }
+    return true;
 }
 
 template <class T, class Out>
-void forward(const Inputs& in, const View& y) {
+Status forward(const Inputs& in, const View& y) {
     const int64_t blocks = in.shape.blocks_per_group();
-    parallel_for(in.shape.batch * in.shape.groups * blocks, [&](int64_t task) {
+    return parallel_for(in.shape.batch * in.shape.groups * blocks, [&](int64_t task) {
         const int64_t pair = task / blocks;
-        forward_block<T, Out>(
+        return forward_block<T, Out>(
             in, y, block_of(in.shape, pair / in.shape.groups, pair % in.shape.groups, task % blocks));
     });
 }
@@ -279,14 +281,15 @@ VK_INLINE void store_lanes(float* target, int64_t stride, Vec x, int count) {
 
 // All steps of the blocks [first, last) of one group.
 template <class T, class Grad>
-void backward_task(const Inputs& in, const Gradients& out, int64_t batch, int64_t group, int64_t split) {
+bool backward_task(const Inputs& in, const Gradients& out, int64_t batch, int64_t group, int64_t split) {
     const int64_t states = in.shape.states, length = in.shape.length, blocks = in.shape.blocks_per_group();
     const int64_t first = split * blocks / out.splits(), own = (split + 1) * blocks / out.splits() - first;
     const int64_t limit = maximum<int64_t>(kPack, kChunkVectors / (4 * states + 7));
     const int64_t chunks = (length + limit - 1) / limit;
     const int64_t pitch = chunks ? ((length + chunks - 1) / chunks + kPack - 1) / kPack * kPack : 0;
 
-    Scratch scratch(own * states * (chunks + 2) + own * 2 + states + pitch * (4 * states + 7));
+    Scratch scratch(times(own * states, chunks + 2) + own * 2 + states + pitch * (4 * states + 7));
+    if (!scratch) return false;
     Chunk chunk;
     Vec** const per_step[] = {&chunk.u,      &chunk.step,       &chunk.slope,    &chunk.drive,
                               &chunk.grad_y, &chunk.grad_drive, &chunk.grad_step};
@@ -365,13 +368,14 @@ void backward_task(const Inputs& in, const Gradients& out, int64_t batch, int64_
         store_lanes(at<float>(out.D, batch, block.channel), 1, grad_D[k], block.count);
         store_lanes(at<float>(out.bias, batch, block.channel), 1, grad_bias[k], block.count);
     }
+    return true;
 }
 
 template <class T, class Grad>
-void backward(const Inputs& in, const Gradients& out) {
+Status backward(const Inputs& in, const Gradients& out) {
     const int64_t splits = out.splits(), groups = in.shape.groups;
-    parallel_for(in.shape.batch * groups * splits, [&](int64_t task) {
-        backward_task<T, Grad>(in, out, task / splits / groups, task / splits % groups, task % splits);
+    return parallel_for(in.shape.batch * groups * splits, [&](int64_t task) {
+        return backward_task<T, Grad>(in, out, task / splits / groups, task / splits % groups, task % splits);
     });
 }
 
@@ -398,7 +402,7 @@ VK_ENTRY(selective_scan_forward)
     auto run = u->dtype == kFloat32   ? (y->dtype == kFloat32 ? forward<float, float> : forward<float, BFloat16>)
                : y->dtype == kFloat32 ? forward<BFloat16, float>
                                       : forward<BFloat16, BFloat16>;
-    run({*u, *delta, *A, *B, *C, D, bias, with_softplus != 0, shape_of(*u, *B)}, *y);
+    return run({*u, *delta, *A, *B, *C, D, bias, with_softplus != 0, shape_of(*u, *B)}, *y);
 }
 
 // Gradients of all inputs from that of y; see Gradients. grad_u and grad_delta have the type and layout of u.
@@ -417,6 +421,6 @@ VK_ENTRY(selective_scan_backward)
     auto run = u->dtype == kFloat32 ? (grad_y->dtype == kFloat32 ? backward<float, float> : backward<float, BFloat16>)
                : grad_y->dtype == kFloat32 ? backward<BFloat16, float>
                                            : backward<BFloat16, BFloat16>;
-    run({*u, *delta, *A, *B, *C, D, bias, with_softplus != 0, shape_of(*u, *B)},
+    return run({*u, *delta, *A, *B, *C, D, bias, with_softplus != 0, shape_of(*u, *B)},
         {*grad_y, *grad_u, *grad_delta, *grad_A, *grad_B, *grad_C, *grad_D, *grad_bias});
 }

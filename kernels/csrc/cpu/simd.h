@@ -15,7 +15,7 @@
 #define VK_JOIN_(a, b) a##_##b
 #define VK_JOIN(a, b) VK_JOIN_(a, b)
 // Entry point `name` of this instruction set.
-#define VK_ENTRY(name) extern "C" __attribute__((visibility("default"))) void VK_JOIN(name, VK_ISA)
+#define VK_ENTRY(name) extern "C" __attribute__((visibility("default"))) int64_t VK_JOIN(name, VK_ISA)
 
 #define VK_INLINE inline __attribute__((always_inline))
 #define VK_LAMBDA __attribute__((always_inline))
@@ -203,18 +203,13 @@ VK_INLINE Pack load_pack(const Vec* p) {
 }
 VK_INLINE void store_pack(Vec* p, Pack x) { VK_EACH p[i] = x.v[i]; }
 
-// Memory of this thread, kept for the next call. Aligned to a cache line.
+// Memory of this thread, kept for the next call and freed with the thread. Aligned to a cache line. Where there is none,
+// it is false, and nothing may be taken.
 class Scratch {
   public:
-    explicit Scratch(int64_t vectors) {
-        if (vectors > capacity) {
-            __builtin_free(block);
-            block = __builtin_malloc(vectors * sizeof(Vec) + 64);
-            if (!block) __builtin_trap();
-            capacity = vectors;
-        }
-        next = reinterpret_cast<Vec*>((reinterpret_cast<uintptr_t>(block) + 63) & ~uintptr_t(63));
-    }
+    explicit Scratch(int64_t vectors)
+        : next(static_cast<Vec*>(vision_kernels_scratch(uint64_t(vectors), sizeof(Vec)))) {}
+    explicit operator bool() const { return next != nullptr; }
     Vec* take(int64_t vectors) {
         Vec* taken = next;
         next += vectors;
@@ -223,19 +218,33 @@ class Scratch {
 
   private:
     Vec* next;
-    static thread_local void* block;
-    static thread_local int64_t capacity;
 };
-thread_local void* Scratch::block = nullptr;
-thread_local int64_t Scratch::capacity = 0;
 
-// body(i) for i in [0, count), on all threads of torch's pool.
+// The product of two sizes, or more than there can be memory for: views may be far larger than their memory.
+VK_INLINE int64_t times(int64_t a, int64_t b) {
+    int64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? int64_t(1) << 60 : product;
+}
+
+// What an entry point returns. Nothing is thrown, neither into torch's pool nor into Python.
+enum Status : int64_t { kDone = 0, kOutOfMemory = 1 };
+
+// body(i) for i in [0, count), on all threads of torch's pool. It returns false if there is no memory; the others that
+// have not begun are left out then.
 template <class Body>
-void parallel_for(int64_t count, const Body& body) {
-    auto run = [](int64_t begin, int64_t end, void* context) {
-        for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
+Status parallel_for(int64_t count, const Body& body) {
+    struct Context {
+        const Body& body;
+        bool failed;
+    } context{body, false};
+    auto run = [](int64_t begin, int64_t end, void* pointer) {
+        Context& context = *static_cast<Context*>(pointer);
+        for (int64_t i = begin; i < end; ++i)
+            if (__atomic_load_n(&context.failed, __ATOMIC_RELAXED) || !context.body(i))
+                return __atomic_store_n(&context.failed, true, __ATOMIC_RELAXED);
     };
-    if (count > 0) vision_kernels_parallel_for(0, count, 1, run, const_cast<void*>(static_cast<const void*>(&body)));
+    if (count > 0 && vision_kernels_parallel_for(0, count, 1, run, &context)) return kOutOfMemory;
+    return context.failed ? kOutOfMemory : kDone;
 }
 
 template <class T>

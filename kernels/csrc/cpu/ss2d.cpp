@@ -50,9 +50,10 @@ void forward_route(const Route& route, const Channels* x, Channels* y, Channels*
     }
 }
 
-void forward_block(const Problem& problem, const Block& block, const View& out) {
+bool forward_block(const Problem& problem, const Block& block, const View& out) {
     const int64_t length = problem.length(), for_tile = 5 * kTile + problem.states();
     Scratch scratch((2 * length + Route::scratch(problem) + for_tile) * kParts);
+    if (!scratch) return false;
     Channels* x = take(scratch, length);
     Channels* y = take(scratch, length);
     Channels* parameters = take(scratch, Route::scratch(problem));
@@ -62,6 +63,7 @@ void forward_block(const Problem& problem, const Block& block, const View& out) 
     for (int64_t p = 0; p < length; ++p) VK_PARTS y[p].part[k] = skip.part[k] * x[p].part[k];
     for (int j = 0; j < kRoutes; ++j) forward_route(Route(problem, block, j, parameters), x, y, memory);
     store_map(out, block, y);
+    return true;
 }
 
 }  // namespace
@@ -71,7 +73,7 @@ VK_ENTRY(ss2d_forward)
  int64_t step0, int64_t step1, int64_t step2, int64_t step3, const View* y) {
     const Problem problem{*x, *projections, *dt_weight, *dt_bias, *A, *D, {step0, step1, step2, step3}};
     const int64_t blocks = problem.blocks();
-    parallel_for(x->size[0] * blocks, [&](int64_t task) {
-        forward_block(problem, block_of(problem, task / blocks, task % blocks), *y);
+    return parallel_for(x->size[0] * blocks, [&](int64_t task) {
+        return forward_block(problem, block_of(problem, task / blocks, task % blocks), *y);
     });
 }

@@ -239,9 +239,10 @@ void route_backward(const Route& route, int index, const Memory& memory, float* 
     }
 }
 
-void backward_block(const Problem& problem, const Block& block, const View& grad_y, const View& grad_x,
+bool backward_block(const Problem& problem, const Block& block, const View& grad_y, const View& grad_x,
                     float* grad_projections, const ParameterSums& sums) {
     Scratch scratch(Memory::size(problem));
+    if (!scratch) return false;
     const Memory memory(problem, scratch);
     load_map(problem.x, block, memory.x);
     load_map(grad_y, block, memory.g);
@@ -255,6 +256,7 @@ void backward_block(const Problem& problem, const Block& block, const View& grad
         route_backward(Route(problem, block, j, memory.parameters), j, memory, grad_projections + j * problem.columns(),
                        sums);
     store_map(grad_x, block, memory.grad_x);
+    return true;
 }
 
 }  // namespace
@@ -269,13 +271,15 @@ VK_ENTRY(ss2d_backward)
     const Problem problem{*x, *projections, *dt_weight, *dt_bias, *A, *D, {step0, step1, step2, step3}};
     const int64_t batch = x->size[0], blocks = problem.blocks();
     const int64_t batch_parts = grad_parameters->size[0], block_parts = grad_projections->size[0];
-    parallel_for(batch_parts * block_parts, [&](int64_t task) {
+    return parallel_for(batch_parts * block_parts, [&](int64_t task) {
         const int64_t i = task / block_parts, j = task % block_parts;
         for (int64_t image = batch * i / batch_parts; image < batch * (i + 1) / batch_parts; ++image)
             for (int64_t index = blocks * j / block_parts; index < blocks * (j + 1) / block_parts; ++index)
-                backward_block(problem, block_of(problem, image, index), *grad_y, *grad_x,
-                               at<float>(*grad_projections, j, image),
-                               {reinterpret_cast<Channels*>(at<float>(*grad_parameters, i, index))});
+                if (!backward_block(problem, block_of(problem, image, index), *grad_y, *grad_x,
+                                    at<float>(*grad_projections, j, image),
+                                    {reinterpret_cast<Channels*>(at<float>(*grad_parameters, i, index))}))
+                    return false;
+        return true;
     });
 }
 
@@ -283,7 +287,7 @@ VK_ENTRY(ss2d_backward)
 VK_ENTRY(ss2d_add_up)(const View* parts, const View* total) {
     constexpr int64_t kChunk = 4096;
     const int64_t size = parts->size[1];
-    parallel_for((size + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    return parallel_for((size + kChunk - 1) / kChunk, [&](int64_t chunk) {
         float* target = at<float>(*total, 0);
         const int64_t begin = chunk * kChunk, end = minimum(begin + kChunk, size);
         for (int64_t i = begin; i < end; ++i) target[i] = 0;
@@ -291,5 +295,6 @@ VK_ENTRY(ss2d_add_up)(const View* parts, const View* total) {
             const float* source = at<const float>(*parts, part);
             for (int64_t i = begin; i < end; ++i) target[i] += source[i];
         }
+        return true;
     });
 }
