@@ -192,6 +192,10 @@ def _starting_point(config: Config, args: argparse.Namespace) -> tuple[str | Non
     config.resume = content is not None
     if config.resume:
         config.load_from = source
+        if content["meta"].get("seed") is None:
+            raise CheckpointError(
+                f"{source}: does not say the seed of its training (meta.seed), so it cannot be resumed."
+            )
         # mmengine restores the seed too late for the sampler.
         config.randomness = {**config.get("randomness", {}), "seed": content["meta"]["seed"]}
         forget_pretrained(config)
@@ -220,8 +224,6 @@ def _to_resume(config: Config, args: argparse.Namespace) -> tuple[str, dict[str,
             f"{path}: holds no training to go on with ({', '.join(sorted(missing))} missing); to start from its "
             f"weights, use --cfg-options load_from={path}."
         )
-    if type(content["meta"].get("seed")) is not int:
-        raise CheckpointError(f"{path}: does not say the seed of its training (meta.seed), so it cannot be resumed.")
     _logger.info("goes on from %s", path)
     return str(path), content
 
