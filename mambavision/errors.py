@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -75,11 +76,22 @@ def run_cli(main: Callable[[], None]) -> None:
     except Exception as error:
         lack = _lack_behind(error)
         if lack:
-            sys.unraisablehook = lambda *_: None  # half-built loaders complain when they are taken down
-            _end(f"error: {escaped(lack)}", IO_FAILURE)
+            _end_abruptly(f"error: {escaped(lack)}")
         if _rank() is None:
             raise
         _end(traceback.format_exc().rstrip(), 1)
+
+
+def _end_abruptly(text: str) -> NoReturn:
+    """End without cleaning up: half-built loaders would complain, and need files of which there are none left."""
+    if _rank() is not None:
+        sys.unraisablehook = lambda *_: None
+        _end(text, IO_FAILURE)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+    os._exit(IO_FAILURE)
 
 
 def _lack_behind(error: BaseException | None) -> str:

@@ -59,9 +59,11 @@ def test_shared_memory_is_needed_by_workers_only(train, without_shared_memory):
 def test_output_that_cannot_be_written(train, tmp_path):
     with open("/dev/full", "w") as full:
         finished = train("--tag", "full", stdout=full, environment={"PYTHONUNBUFFERED": ""})
-    assert finished.returncode == 0
+    assert finished.returncode == 74
     (line,) = finished.stderr.splitlines()
-    assert line.startswith("warning: log lines cannot be written ([Errno 28]")
+    assert line == (
+        "error: standard output: cannot be written (No space left on device); results in files are complete."
+    )
     (log,) = tmp_path.glob("output/train/full/*/train.log")
     assert "epoch 0: training loss" in log.read_text()
 

@@ -20,6 +20,7 @@ from mambavision.preemption import RECORD, begin, finish, mark
 from mambavision.resume import STARTED
 
 _EPOCHS = 4
+OPTIMIZER = {"state": {}, "param_groups": []}
 
 
 class _Runner:
@@ -33,7 +34,7 @@ class _Runner:
 
     def save_checkpoint(self, out_dir, filename, *args, meta, **kwargs):
         weight = torch.full((20_000,), float(meta["epoch"]))
-        content = {"meta": meta, "state_dict": {"weight": weight}, "optimizer": {}, "message_hub": {}}
+        content = {"meta": meta, "state_dict": {"weight": weight}, "optimizer": OPTIMIZER, "message_hub": {}}
         save_checkpoint(content, os.path.join(out_dir, filename))
 
 
@@ -99,7 +100,7 @@ def test_run_killed_at_any_time_goes_on(tmp_path, measured, seed):
 
 def checkpoint(path, start=None, **meta):
     hub = {"runtime_info": {STARTED: time.time() if start is None else start}}
-    save_checkpoint({"meta": meta, "state_dict": {}, "optimizer": {}, "message_hub": hub}, str(path))
+    save_checkpoint({"meta": meta, "state_dict": {}, "optimizer": OPTIMIZER, "message_hub": hub}, str(path))
 
 
 def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
