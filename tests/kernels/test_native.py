@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
-# Every operator, forward and backward; `small` fits into any memory, and `large` keeps much more than it takes and gives.
+# Every operator, forward and backward, in sizes that fit into any memory.
 OPERATORS = """
 import resource
 import threading

@@ -218,16 +218,33 @@ VK_INLINE void sum_up_all(const float* weights, const Vec* positions, int64_t co
     }
 }
 
+// Weights are zero outside of the window of their query, but zero times what is not finite is not. Therefore queries and
+// columns are computed together only where all numbers are finite, otherwise one by one, each in its own window.
+bool all_finite(const Vec* vectors, int64_t count) {
+    Vec zero = {};
+    for (int64_t i = 0; i < count; ++i) zero += vectors[i] * 0.0f;
+    return sum(zero) == 0;
+}
+
+// Sets the lanes outside of the window of query q to zero.
+void keep_window(Vec* units, const Tables& tables, const Problem& problem, const Group& group, int q) {
+    const float* inside = tables.inside + problem.group - 1 - group.offset[q];
+    for (int64_t row = 0; row < problem.window; ++row)
+        for (int64_t v = 0; v < problem.row_vectors; ++v, ++units)
+            *units = load(inside + v * kLanes) != 0.0f ? *units : Vec{};
+    for (int64_t u = problem.units; u < problem.padded_units; ++u) *units++ = Vec{};
+}
+
 // out[q] = sum over the union of the weights of query q times the positions of `window`, (row, column, dim_vectors).
 void weighted_sums(const Vec* weights, const Vec* window, const Problem& problem, const Tile& tile, const Group& group,
-                   Vec* out) {
+                   bool finite, Vec* out) {
     const int64_t columns = tile.columns.count;
     const Vec* positions = window + (group.first_row * columns + group.first) * problem.dim_vectors;
-    const int at_once = problem.group == 6 ? 3 : 2;
+    const int at_once = !finite ? 1 : problem.group == 6 ? 3 : 2;
     for (int q = 0; q < group.count; q += at_once) {
         const int64_t begin = group.offset[q], end = group.offset[q + at_once - 1] + problem.window;
         const float* weight = reinterpret_cast<const float*>(weights + q * problem.padded_units);
-        auto run = at_once == 3 ? sum_up_all<3> : sum_up_all<2>;
+        auto run = at_once == 3 ? sum_up_all<3> : at_once == 2 ? sum_up_all<2> : sum_up_all<1>;
         run(weight, positions, columns, begin, end, problem, out + q * problem.dim_vectors);
     }
 }
@@ -255,12 +272,12 @@ VK_INLINE void spread_out(const float* weight, const Vec* vectors, int begin, in
 
 template <int Vectors>
 void spread_out_all(const float* weights, const Vec* vectors, const Problem& problem, const Tile& tile,
-                    const Group& group, Vec* window) {
+                    const Group& group, bool finite, Vec* window) {
     const int64_t width = group.offset[group.count - 1] + problem.window, weight_step = problem.row_vectors * kLanes;
     const int64_t step = tile.columns.count * problem.dim_vectors;
     int begin = 0, end = 0;  // queries that see one of the columns
     for (int64_t column = 0; column < width;) {
-        const int64_t columns = column + 3 <= width ? 3 : 1;
+        const int64_t columns = finite && column + 3 <= width ? 3 : 1;
         while (end < group.count && group.offset[end] < column + columns) ++end;
         while (group.offset[begin] + problem.window <= column) ++begin;
         const float* weight = weights + column;
@@ -276,16 +293,16 @@ void spread_out_all(const float* weights, const Vec* vectors, const Problem& pro
 
 // The transpose of weighted_sums: to each position of `window` adds the vectors of the queries, times their weights.
 void spread(const Vec* weights, const Vec* vectors, const Problem& problem, const Tile& tile, const Group& group,
-            Vec* window) {
+            bool finite, Vec* window) {
     const float* weight = reinterpret_cast<const float*>(weights);
     window += (group.first_row * tile.columns.count + group.first) * problem.dim_vectors;
     int64_t d = 0;
     for (; d + 4 <= problem.dim_vectors; d += 4)
-        spread_out_all<4>(weight, vectors + d, problem, tile, group, window + d);
+        spread_out_all<4>(weight, vectors + d, problem, tile, group, finite, window + d);
     switch (problem.dim_vectors - d) {
-        case 3: return spread_out_all<3>(weight, vectors + d, problem, tile, group, window + d);
-        case 2: return spread_out_all<2>(weight, vectors + d, problem, tile, group, window + d);
-        case 1: return spread_out_all<1>(weight, vectors + d, problem, tile, group, window + d);
+        case 3: return spread_out_all<3>(weight, vectors + d, problem, tile, group, finite, window + d);
+        case 2: return spread_out_all<2>(weight, vectors + d, problem, tile, group, finite, window + d);
+        case 1: return spread_out_all<1>(weight, vectors + d, problem, tile, group, finite, window + d);
     }
 }
 
@@ -314,7 +331,9 @@ bool forward_tile(const View& query, const View& key, const View& value, const V
             products(queries, keys, tables, problem, tile, group, weights);
             for (int q = 0; q < problem.group; ++q)
                 total[q] = exponentials(weights + q * problem.padded_units, tables, problem, group, q);
-            weighted_sums(weights, values, problem, tile, group, sums);
+            weighted_sums(weights, values, problem, tile, group, true, sums);
+            if (!all_finite(sums, group.count * dims))
+                weighted_sums(weights, values, problem, tile, group, false, sums);
             for (int q = 0; q < group.count; ++q)
                 for (int64_t d = 0; d < dims; ++d) sums[q * dims + d] *= 1.0f / total[q];
             store_group<T>(out, problem, tile, group, sums);
@@ -335,8 +354,9 @@ Status forward(const View& query, const View& key, const View& value, const View
     });
 }
 
-// Weights and their gradients for one query -> softmax of the logits, and gradient of the logits.
-VK_INLINE void softmax_backward(Vec* weights, Vec* grad, float total, int64_t units) {
+// Weights and their gradients for one query -> softmax of the logits, and gradient of the logits. Returns whether what
+// all of them share is finite.
+VK_INLINE bool softmax_backward(Vec* weights, Vec* grad, float total, int64_t units) {
     const float scale = 1.0f / total;
     Pack inner = {};
     for (int64_t u = 0; u < units; u += kPack) {
@@ -347,6 +367,7 @@ VK_INLINE void softmax_backward(Vec* weights, Vec* grad, float total, int64_t un
     }
     const float mean = sum((inner.v[0] + inner.v[1]) + (inner.v[2] + inner.v[3]));
     for (int64_t u = 0; u < units; ++u) grad[u] = weights[u] * (grad[u] - mean);
+    return mean * 0.0f + scale * 0.0f == 0;
 }
 
 VK_INLINE void add_bias_gradient(const Vec* grad, const Problem& problem, float* table) {
@@ -395,9 +416,11 @@ bool backward_tile(const View& grad_out, const View& query, const View& key, con
     load_transposed<T>(key, problem, tile, block, transposed_keys);
     load_transposed<T>(value, problem, tile, block, transposed_values);
     load_window<T>(key, problem, tile, keys);
-    for (int64_t i = 0; i < window_vectors; ++i) grad_keys[i] = grad_values[i] = Vec{};
+    load_window<T>(value, problem, tile, grad_values);  // only to look at them
     for (int64_t i = 0; i < problem.bias_vectors(); ++i) bias_table[i] = Vec{};
     for (int64_t i = 0; i < problem.group * units; ++i) grad_logits[i] = Vec{};
+    const bool finite_window = all_finite(keys, window_vectors) && all_finite(grad_values, window_vectors);
+    for (int64_t i = 0; i < window_vectors; ++i) grad_keys[i] = grad_values[i] = Vec{};
 
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row)
         for (int64_t column = tile.columns.begin; column < tile.columns.end; column += problem.group) {
@@ -406,17 +429,20 @@ bool backward_tile(const View& grad_out, const View& query, const View& key, con
             load_group<T>(grad_out, problem, tile, group, grad_outs);
             products(queries, transposed_keys, tables, problem, tile, group, weights);
             products(grad_outs, transposed_values, tables, problem, tile, group, grad_logits);
+            bool finite = finite_window && all_finite(queries, group_vectors) && all_finite(grad_outs, group_vectors);
             for (int q = 0; q < problem.group; ++q) {
                 const float total = exponentials(weights + q * units, tables, problem, group, q);
-                softmax_backward(weights + q * units, grad_logits + q * units, total, units);
-                if (grad_bias)
+                if (!finite) keep_window(grad_logits + q * units, tables, problem, group, q);
+                if (!softmax_backward(weights + q * units, grad_logits + q * units, total, units)) finite = false;
+                if (!finite) keep_window(grad_logits + q * units, tables, problem, group, q);
+                if (grad_bias && q < group.count)
                     add_bias_gradient(grad_logits + q * units, problem,
                                       reinterpret_cast<float*>(bias_table) + group.bias_offset[q]);
             }
-            weighted_sums(grad_logits, keys, problem, tile, group, sums);
+            weighted_sums(grad_logits, keys, problem, tile, group, finite, sums);
             store_group<float>(grads.query, problem, tile, group, sums);
-            spread(grad_logits, queries, problem, tile, group, grad_keys);
-            spread(weights, grad_outs, problem, tile, group, grad_values);
+            spread(grad_logits, queries, problem, tile, group, finite, grad_keys);
+            spread(weights, grad_outs, problem, tile, group, finite, grad_values);
         }
     add_window(grad_keys, problem, tile, grads.key);
     add_window(grad_values, problem, tile, grads.value);

@@ -5,7 +5,7 @@ batched matrix products, and a bias of minus infinity where a position is outsid
 tiles is handled at a time, which bounds the memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ class _Axis:
     starts: list[int]
     extent: int
     relative: Tensor  # (tiles, tile, extent) index into the bias table, 2 * kernel_size - 1 outside of the window
+    inside: Tensor  # the same: is it in the window of a query that is no copy
 
     @classmethod
     def of(cls, size: int, kernel_size: int, device: torch.device) -> "_Axis":
@@ -44,7 +45,8 @@ class _Axis:
         seen = starts + torch.arange(extent, device=device)
         inside = (seen >= begin) & (seen < begin + kernel_size)
         relative = torch.where(inside, seen - query.view(tiles, _TILE, 1) + kernel_size - 1, 2 * kernel_size - 1)
-        return cls(tiles, starts.flatten().tolist(), extent, relative)
+        no_copy = torch.arange(tiles * _TILE, device=device).view(tiles, _TILE, 1) < size
+        return cls(tiles, starts.flatten().tolist(), extent, relative, inside & no_copy)
 
 
 @dataclass
@@ -83,6 +85,11 @@ class _Tiled:
         rows = self.rows.relative[tile, :, None, :, None]
         return rows * (self.table + 1) + self.columns.relative[:, None, :, None, :]
 
+    def seen(self, chunk: _Chunk) -> Tensor:
+        """Return which positions are in the window of each query, (t, q, s); none for those that fill up a tile."""
+        rows, columns = self.rows.inside[chunk.rows.start // _TILE], self.columns.inside
+        return (rows[:, None, :, None] & columns[:, None, :, None, :]).flatten(3).flatten(1, 2)
+
     def queries(self, chunk: _Chunk, tensor: Tensor) -> Tensor:
         """Return (batch, heads, t, q, dim); zeros fill up the last tile of each axis."""
         part = tensor[chunk.entries, :, chunk.rows].to(self.dtype)
@@ -113,18 +120,54 @@ class _Tiled:
         target.index_add_(1, relative.flatten(), grad.sum(0).flatten(1))
 
 
+def _product(weights: Tensor, vectors: Tensor, seen: Tensor | None) -> Tensor:
+    """Multiply (..., i, j) and (..., j, dim), where j counts only if `seen`, (t, i, j), unless that is None.
+
+    Weights are zero where it is not, but zero times what is not finite is not zero. There, the result is NaN.
+    """
+    if seen is None:
+        return weights @ vectors
+    finite = vectors.isfinite()
+    reached = seen.to(vectors.dtype) @ (~finite).to(vectors.dtype) > 0
+    return (weights.where(seen, 0) @ vectors.where(finite, 0)).masked_fill(reached, torch.nan)
+
+
+def _in_windows(compute: Callable, *arguments) -> tuple[Tensor | None, ...]:
+    """Call `compute(*arguments, masked)`, without masks unless a result is not finite: they take time."""
+    results = compute(*arguments, masked=False)
+    if all(each is None or each.isfinite().all() for each in results):
+        return results
+    return compute(*arguments, masked=True)
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: int) -> Tensor:
+    return _in_windows(_attend, query, key, value, bias, kernel_size)[0]
+
+
+def _attend(query, key, value, bias, kernel_size: int, masked: bool) -> tuple[Tensor]:
     tiled = _Tiled(query, bias, kernel_size)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for chunk in tiled.chunks():
+        seen = tiled.seen(chunk) if masked else None
         logits = tiled.queries(chunk, query) @ tiled.windows(chunk, key).transpose(-1, -2)
-        weights = logits.add_(chunk.bias).softmax(-1)
-        tiled.queries_back(chunk, weights @ tiled.windows(chunk, value), out)
-    return out
+        weights = _softmax(logits, chunk, seen)
+        tiled.queries_back(chunk, _product(weights, tiled.windows(chunk, value), seen), out)
+    return (out,)
+
+
+def _softmax(logits: Tensor, chunk: _Chunk, seen: Tensor | None) -> Tensor:
+    """Return the weights; `logits` is overwritten."""
+    if seen is not None:  # NaN plus minus infinity is no minus infinity
+        logits.masked_fill_(~seen, -torch.inf)
+    return logits.add_(chunk.bias).softmax(-1)
 
 
 def _backward(grad_out, query, key, value, bias, kernel_size: int) -> tuple[Tensor | None, ...]:
     """Return gradients in compute precision."""
+    return _in_windows(_gradients, grad_out, query, key, value, bias, kernel_size)
+
+
+def _gradients(grad_out, query, key, value, bias, kernel_size: int, masked: bool) -> tuple[Tensor | None, ...]:
     tiled = _Tiled(query, bias, kernel_size)
     grad_query, grad_key, grad_value = (
         torch.zeros_like(each, dtype=tiled.dtype, memory_format=torch.contiguous_format) for each in (query, key, value)
@@ -132,14 +175,20 @@ def _backward(grad_out, query, key, value, bias, kernel_size: int) -> tuple[Tens
     grad_bias = None if bias is None else torch.zeros_like(tiled.bias).flatten(1)
     for chunk in tiled.chunks():
         queries, keys = tiled.queries(chunk, query), tiled.windows(chunk, key)
-        weights = (queries @ keys.transpose(-1, -2)).add_(chunk.bias).softmax(-1)
+        seen = tiled.seen(chunk) if masked else None
+        seen_by = None if seen is None else seen.transpose(-1, -2)
+        weights = _softmax(queries @ keys.transpose(-1, -2), chunk, seen)
         grads = tiled.queries(chunk, grad_out)
-        tiled.add_windows(chunk, weights.transpose(-1, -2) @ grads, grad_value)
+        tiled.add_windows(chunk, _product(weights.transpose(-1, -2), grads, seen_by), grad_value)
         grad_logits = grads @ tiled.windows(chunk, value).transpose(-1, -2)
+        if seen is not None:
+            grad_logits.masked_fill_(~seen, 0)
         grad_logits -= (grad_logits * weights).sum(-1, keepdim=True)
         grad_logits *= weights
-        tiled.queries_back(chunk, grad_logits @ keys, grad_query)
-        tiled.add_windows(chunk, grad_logits.transpose(-1, -2) @ queries, grad_key)
+        if seen is not None:
+            grad_logits.masked_fill_(~seen, 0)
+        tiled.queries_back(chunk, _product(grad_logits, keys, seen), grad_query)
+        tiled.add_windows(chunk, _product(grad_logits.transpose(-1, -2), queries, seen_by), grad_key)
         if grad_bias is not None:
             tiled.add_bias(chunk, grad_logits, grad_bias)
     if grad_bias is not None:
