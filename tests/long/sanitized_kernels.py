@@ -19,6 +19,7 @@ from vision_kernels import native
 FLAGS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Vectors are read at any address on purpose, and the lanes of a vector of shifted integers overflow as they should.
 FLAGS += ["-fno-sanitize=alignment,signed-integer-overflow,shift"]
+REPORT = "report"
 TESTS = ("conv1d_silu", "cross_scan", "neighborhood_attention", "nonfinite", "selective_scan", "ss2d")
 
 
@@ -58,7 +59,7 @@ def sanitized(package, *command):
     folder, libraries = package
     environment = os.environ | {
         "LD_PRELOAD": ":".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0,abort_on_error=0",
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder / REPORT}",  # pytest would keep what is printed
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(folder),
         "OMP_NUM_THREADS": "1",
@@ -77,5 +78,7 @@ def test_conformance(package, name):
     chosen = " or ".join(native.INSTRUCTION_SETS)  # the other backends were not built here
     arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-k", chosen]
     result = sanitized(package, *arguments, f"tests/kernels/test_{name}.py")
+    reports = [each.read_text() for each in package[0].glob(f"{REPORT}*")]
+    assert not reports, reports[0][:5_000]
     assert result.returncode == 0, (result.stdout + result.stderr)[-10_000:]
     assert int(result.stdout.rsplit(" passed", 1)[0].split()[-1]) > 10

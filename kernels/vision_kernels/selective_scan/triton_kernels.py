@@ -276,7 +276,7 @@ def scan_backward(
             tl.store(grad_B + part + offset * TILE, tl.sum(grad * (step * x)[:, None], 0), mask=valid)
             of_drive = tl.sum(grad * B_now[k].to(tl.float32), 1)
             later = decays[k] * grad
-            of_exponent = later * states[k]
+            of_exponent = tl.where(valid, later * states[k], 0.0)  # states behind the end may be no numbers
             of_A += of_exponent * step[:, None]
             of_step = tl.sum(of_exponent * exponent, 1) * (1.0 / LOG2_E) + of_drive * x
             if SOFTPLUS:

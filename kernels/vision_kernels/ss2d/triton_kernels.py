@@ -295,7 +295,7 @@ def ss2d_backward(
             tl.store(couplings + TILE, tl.sum(g[:, None] * states[k + 1], 0), mask=valid)
             of_drive = tl.sum(grad * B_now[k].to(tl.float32), 1)
             later = decays[k] * grad
-            of_exponent = later * states[k]
+            of_exponent = tl.where(valid, later * states[k], 0.0)  # states behind the end may be no numbers
             of_A += of_exponent * step[:, None]
             of_raw = (tl.sum(of_exponent * exponent, 1) * (1.0 / LOG2_E) + of_drive * value) * sigmoid(raws[k])
             of_raw = tl.where(valid, of_raw, 0.0)
