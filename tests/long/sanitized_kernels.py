@@ -57,6 +57,8 @@ def package(tmp_path_factory):
 
 def sanitized(package, *command):
     folder, libraries = package
+    for report in folder.glob(f"{REPORT}*"):
+        report.unlink()
     environment = os.environ | {
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder / REPORT}",  # pytest would keep what is printed
