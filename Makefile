@@ -18,13 +18,13 @@ help:  ## Show the targets
 env: $(READY)  ## Create the environment
 
 demo: $(READY)  ## Train, validate and predict on handwritten digits, on the CPU; DEMO_CONFIG names the recipe
-	$(BIN)/python classification/demo.py --config $(DEMO_CONFIG)
+	$(BIN)/python assets/demo/classification.py --config $(DEMO_CONFIG)
 
 demo-detection: $(READY)  ## Train, score and predict digits on photographs with Mask R-CNN, on the CPU
-	$(BIN)/python object_detection/demo.py
+	$(BIN)/python assets/demo/detection.py
 
 demo-segmentation: $(READY)  ## Train, score and predict the pixels of digits on photographs, on the CPU
-	$(BIN)/python semantic_segmentation/demo.py --config $(SEGMENTATION_CONFIG)
+	$(BIN)/python assets/demo/segmentation.py --config $(SEGMENTATION_CONFIG)
 
 test: $(READY) lint  ## Run all tests, or some: make test TESTS=tests/kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)

@@ -1,15 +1,15 @@
-"""Draw what positions of images take from which others; see README.md and --help."""
+"""Draw the dependence between positions of an image; see --help."""
 
-from engine.options import activation_map_options
+from engine.options import ActivationMapOptions
 
 
 def main() -> None:
-    args = activation_map_options()  # before the slow imports: a mistyped flag answers at once
+    options = ActivationMapOptions.parse()  # before the slow imports, so that a mistyped flag is reported at once
 
-    from engine.maps import draw_activation_maps
-    from mambavision.errors import run_cli
+    from engine.activation_map import draw_activation_maps
+    from mambavision.running.program import run_cli
 
-    run_cli(lambda: draw_activation_maps(args))
+    run_cli(lambda: draw_activation_maps(options))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Classify images, folders of images or patterns; see README.md and --help."""
+"""Classify images; see --help."""
 
-from engine.options import predict_options
+from engine.options import PredictOptions
 
 
 def main() -> None:
-    args = predict_options()  # before the slow imports: a mistyped flag answers at once
+    options = PredictOptions.parse()  # before the slow imports, so that a mistyped flag is reported at once
 
-    from engine.classify import predict
-    from mambavision.errors import run_cli
+    from engine.predict import predict
+    from mambavision.running.program import run_cli
 
-    run_cli(lambda: predict(args))
+    run_cli(lambda: predict(options))
 
 
 if __name__ == "__main__":

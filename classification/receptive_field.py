@@ -1,15 +1,15 @@
-"""Draw effective receptive fields of models; see README.md and --help."""
+"""Draw effective receptive fields of models; see --help."""
 
-from engine.options import receptive_field_options
+from engine.options import ReceptiveFieldOptions
 
 
 def main() -> None:
-    args = receptive_field_options()  # before the slow imports: a mistyped flag answers at once
+    options = ReceptiveFieldOptions.parse()  # before the slow imports, so that a mistyped flag is reported at once
 
-    from engine.sensitivity import draw_receptive_fields
-    from mambavision.errors import run_cli
+    from engine.receptive_field import draw_receptive_fields
+    from mambavision.running.program import run_cli
 
-    run_cli(lambda: draw_receptive_fields(args))
+    run_cli(lambda: draw_receptive_fields(options))
 
 
 if __name__ == "__main__":

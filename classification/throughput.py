@@ -1,15 +1,15 @@
-"""Time models side by side; see README.md and --help."""
+"""Time models side by side; see --help."""
 
-from engine.options import throughput_options
+from engine.options import ThroughputOptions
 
 
 def main() -> None:
-    args = throughput_options()  # before the slow imports: a mistyped flag answers at once
+    options = ThroughputOptions.parse()  # before the slow imports, so that a mistyped flag is reported at once
 
-    from engine.timing import compare
-    from mambavision.errors import run_cli
+    from engine.throughput import compare
+    from mambavision.running.program import run_cli
 
-    run_cli(lambda: compare(args))
+    run_cli(lambda: compare(options))
 
 
 if __name__ == "__main__":

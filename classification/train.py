@@ -1,15 +1,15 @@
-"""Train an image classifier, on one CPU or many GPUs; see README.md for recipes and --help for all options."""
+"""Train an image classifier, on one CPU or many GPUs; see the documentation for recipes and --help for all options."""
 
-from engine.options import train_options
+from engine.options import TrainOptions
 
 
 def main() -> None:
-    args = train_options()  # before the slow imports: a mistyped flag answers at once
+    options = TrainOptions.parse()  # before the slow imports, so that a mistyped flag is reported at once
 
-    from engine.trainer import train
-    from mambavision.errors import run_cli
+    from engine.train import train
+    from mambavision.running.program import run_cli
 
-    run_cli(lambda: train(args))
+    run_cli(lambda: train(options))
 
 
 if __name__ == "__main__":

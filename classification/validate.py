@@ -1,15 +1,15 @@
-"""Score image classifiers on a labelled data set; see README.md and --help."""
+"""Score image classifiers on a labelled data set; see --help."""
 
-from engine.options import validate_options
+from engine.options import ValidateOptions
 
 
 def main() -> None:
-    args = validate_options()  # before the slow imports: a mistyped flag answers at once
+    options = ValidateOptions.parse()  # before the slow imports, so that a mistyped flag is reported at once
 
-    from engine.scoring import validate
-    from mambavision.errors import run_cli
+    from engine.validate import validate
+    from mambavision.running.program import run_cli
 
-    run_cli(lambda: validate(args))
+    run_cli(lambda: validate(options))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from mambavision.errors import run_cli
 from mambavision.factory import create_model, expand_model_name
-from mambavision.ranges import check_ranges
+from mambavision.running.program import run_cli
+from mambavision.running.ranges import check_ranges
 
 # What convolutions and linear layers call.
 _LAYERS = ("aten.convolution", "aten.mm", "aten.addmm", "vision_kernels.conv1d_silu")
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="height and width of the image; default: the model's")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each model")
     args = parser.parse_args()
-    check_ranges(args)
+    check_ranges(vars(args))
     names = list(dict.fromkeys(name for given in args.models for name in expand_model_name(given)))
     if not args.json:
         columns = (

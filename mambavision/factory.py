@@ -8,7 +8,8 @@ from torch import nn
 
 from mambavision import models
 from mambavision.checkpoint import load_checkpoint
-from mambavision.errors import UserError, nearest
+from mambavision.errors import ArgumentError
+from mambavision.text import nearest
 
 # timm files a model under the last part of the module that registered it.
 _MODULES = [getattr(models, name).__module__.rpartition(".")[-1] for name in models.__all__]
@@ -32,13 +33,13 @@ def expand_model_name(given: str, **kwargs: Any) -> list[str]:
         **kwargs: As for `list_models`.
 
     Raises:
-        UserError: The pattern matches no model.
+        ArgumentError: The pattern matches no model.
     """
     if given != "all" and "*" not in given:
         return [given]
     names = list_models("" if given == "all" else given, **kwargs)
     if not names:
-        raise UserError(f"{given}: matches none of {', '.join(list_models())}.")
+        raise ArgumentError(f"{given}: matches none of {', '.join(list_models())}.")
     return names
 
 
@@ -55,13 +56,13 @@ def create_model(
             ``features_only`` with ``out_indices``.
 
     Raises:
-        UserError: No model has that name; names the nearest.
+        ArgumentError: No model has that name; names the nearest.
         CheckpointError: The weights cannot be loaded.
     """
     check_model_name(name)
     features_only = kwargs.pop("features_only", False)
     if checkpoint_path and features_only:
-        raise UserError(
+        raise ArgumentError(
             f"{name}: checkpoint_path and features_only do not go together: features lack the classifier that the file "
             "holds; create the whole model and call forward_intermediates, or load with strict=False."
         )
@@ -72,6 +73,8 @@ def create_model(
 
 
 def check_model_name(name: str) -> None:
-    """Raise a UserError that names the nearest model if timm's registry does not have `name`."""
+    """Raise a ArgumentError that names the nearest model if timm's registry does not have `name`."""
     if ":" not in name and not timm.is_model(name.split(".")[0]):  # hf-hub:… and local-dir:… are timm's to resolve
-        raise UserError(f"unknown model {name!r}.{nearest(name, list_models()) or nearest(name, timm.list_models())}")
+        raise ArgumentError(
+            f"unknown model {name!r}.{nearest(name, list_models()) or nearest(name, timm.list_models())}"
+        )

@@ -1,31 +1,39 @@
-"""Text from files and users, made safe to show and to write."""
+"""Text from files and users, made safe to print and to write; suggestions for mistyped names."""
 
+import difflib
 import json
 import math
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
-# Characters that change how the text around them reads: bidirectional controls.
+# Bidirectional controls change how the surrounding text reads.
 _REORDERING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 _FORMULA = re.compile(r"[=+\-@|%]")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def escaped(text: str, keep: str = "") -> str:
-    r"""Return a text with everything escaped that a terminal or an editor would obey instead of showing it.
+    r"""Escape everything in a text that a terminal or editor would interpret instead of showing it.
 
     Args:
-        text: Such as a file or class name: ``\x1b[2J`` of a terminal becomes ``\\x1b[2J``, a line break ``\\n``, and a
-            byte that is no UTF-8, which Python has as a surrogate, ``\\xff``.
-        keep: Characters to leave as they are.
+        text: For example a file or class name. The terminal sequence ``\x1b[2J`` becomes ``\\x1b[2J``, a line break
+            ``\\n``, and a byte that is not UTF-8, which Python represents as a surrogate, ``\\xff``.
+        keep: Characters that are not escaped.
     """
     if text.isprintable() and text.isascii():
         return text
-    return "".join(each if each in keep or not _is_obeyed(each) else _escape(each) for each in text)
+    return "".join(each if each in keep or not _is_interpreted(each) else _escape(each) for each in text)
 
 
-def _is_obeyed(character: str) -> bool:
+def _is_interpreted(character: str) -> bool:
     return unicodedata.category(character) in _UNSEEN or ord(character) in _REORDERING
 
 
@@ -36,7 +44,7 @@ def _escape(character: str) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """Return what a cell of a CSV file may hold: text that a spreadsheet would execute begins with an apostrophe."""
+    """Return a safe value for a CSV cell: text that a spreadsheet would execute gets an apostrophe in front."""
     if not isinstance(value, str):
         return value
     text = escaped(value)
@@ -44,7 +52,7 @@ def csv_cell(value: object) -> object:
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return a value of plain types as JSON, which has no numbers that are not finite: they become null."""
+    """Return a value of plain types as JSON; non-finite numbers, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

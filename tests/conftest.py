@@ -190,9 +190,9 @@ def train(training_options, tmp_path):
 @pytest.fixture
 def prepare(training_options):
     """Build the trainer of a small run."""
-    from engine.trainer import Trainer
-    from mambavision.launch import Process
-    from mambavision.preemption import StopSignals
+    from engine.train import Trainer
+    from mambavision.running.process import Process
+    from mambavision.running.signals import StopSignals
 
     cpu = torch.device("cpu")
     return lambda *words, **others: Trainer(training_options(*words, **others), Process(), cpu, StopSignals())
@@ -217,7 +217,7 @@ def summary(folder):
 @pytest.fixture(scope="session")
 def coco_scenes(tmp_path_factory):
     """Four pictures of digits to train on and two held out, in COCO's format."""
-    from mambavision.openmmlab.scenes import Options, write_scenes
+    from scenes import Options, write_scenes
 
     root = tmp_path_factory.mktemp("scenes") / "coco"
     write_scenes(root, "coco", Options(train=4, val=2, side=64, digit_sides=(28, 36), most=2))

@@ -10,9 +10,9 @@ from torch import nn
 
 import mambavision
 from conftest import SMALL
-from engine.maps import draw_activation_maps
+from engine.activation_map import draw_activation_maps
 from engine.options import activation_map_options, receptive_field_options
-from engine.sensitivity import draw_receptive_fields
+from engine.receptive_field import draw_receptive_fields
 from mambavision.analysis import (
     Layout,
     MapKind,

@@ -429,7 +429,7 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     """In a process of its own, whose files may not grow beyond 100 kB."""
     program = f"""
         import resource, signal, torch, mambavision
-        from mambavision.errors import run_cli
+        from mambavision.running.program import run_cli
         path = {str(tmp_path / "weights.pth")!r}
         mambavision.save_checkpoint({{"x": torch.ones(10)}}, path)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

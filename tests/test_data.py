@@ -13,7 +13,7 @@ from timm.data import FastCollateMixup, IterableImageDataset
 from engine import build, data, loaders
 from engine.options import train_options
 from mambavision.errors import DataError, UserError
-from mambavision.launch import Process
+from mambavision.running.process import Process
 
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -16,7 +16,7 @@ from test_structure import SOURCES
 
 import mambavision
 from conftest import ROOT, SETTING, SMALL
-from engine.parser import Parser
+from engine.options.parser import Parser
 from hostile import HOSTILE, archive, mapping, storage, tensor
 from mambavision.checkpoint import load_pretrained, read_checkpoint
 from mambavision.errors import CheckpointError

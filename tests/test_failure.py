@@ -12,8 +12,10 @@ PROGRAM = """
 import json, os, signal, socket, sys, time
 import torch, torch.distributed
 from mambavision import failure
-from mambavision.errors import DataError, UserError, run_cli
-from mambavision.launch import Process, any_process, join, leave, this_process
+from mambavision.errors import DataError, UserError
+from mambavision.running.program import run_cli
+from mambavision.running.process import Process, this_process
+from mambavision.running.group import any_process, join, leave
 
 failure._GRACE_SECONDS = failure._FIRST_SPEAKS_SECONDS = 2.0
 cpu = torch.device("cpu")

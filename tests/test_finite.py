@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from mambavision.finite import FiniteGuard, NonFiniteError
-from mambavision.launch import Process
+from mambavision.errors import NonFiniteError
+from mambavision.running.finite import FiniteGuard
+from mambavision.running.process import Process
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import ROOT, SETTING
 from engine import report, run
-from mambavision.errors import Interruption, run_cli
+from mambavision.errors import Interruption
+from mambavision.running.program import run_cli
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 

@@ -15,7 +15,9 @@ import torch
 import mambavision
 from conftest import ROOT, SETTING, SMALL
 from mambavision.errors import UserError
-from mambavision.launch import Process, check_shares, join, pick_device, set_rendezvous, this_process
+from mambavision.running.group import check_shares, join
+from mambavision.running.process import Process, pick_device, this_process
+from mambavision.running.slurm import set_rendezvous
 
 STEP = {
     "SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -136,7 +138,7 @@ def test_training_under_srun(digits, tmp_path):
 STARTS = {
     1: [],
     2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    3: [str(ROOT / "mambavision/start.py"), "3"],
+    3: [str(ROOT / "mambavision/running/start.py"), "3"],
 }
 
 
@@ -219,7 +221,7 @@ def start(tmp_path):
     program.write_text(REPORT)
 
     def begin(count, *words, **environment):
-        command = [sys.executable, str(ROOT / "mambavision/start.py"), str(count), str(program), *words]
+        command = [sys.executable, str(ROOT / "mambavision/running/start.py"), str(count), str(program), *words]
         environment = {"PATH": os.environ["PATH"]} | environment
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -303,7 +305,7 @@ def test_scripts_run_a_program_where_there_is_no_slurm(shell):
     shell.fake("python")
     assert shell("train.sh", "--tag", "a b").stdout == "<python><-u><train.py><--tag><a b>"
     shown = shell("test.sh", "--checkpoint", "x", GPUS="4").stdout
-    assert shown == "<python><../mambavision/start.py><4><validate.py><--checkpoint><x>"
+    assert shown == "<python><../mambavision/running/start.py><4><validate.py><--checkpoint><x>"
     refused = shell("train.sh", NODES="2")
     assert refused.returncode == 2
     assert "NODES=2 needs Slurm" in refused.stderr
@@ -415,7 +417,7 @@ def test_scripts_use_an_allocation(shell):
 @pytest.mark.parametrize("folder", ["object_detection/tools", "semantic_segmentation/tools"])
 def test_scripts_with_the_number_of_gpus(shell, folder):
     shell.fake("python")
-    launcher = f"<python><{ROOT / folder}/../../mambavision/start.py>"
+    launcher = f"<python><{ROOT / folder}/../../mambavision/running/start.py>"
     shown = shell("dist_train.sh", "a b.py", "1", folder=folder).stdout
     assert shown == f"{launcher}<1><{ROOT / folder / 'train.py'}><a b.py>"
     words = ("config.py", "weights.pth", "8", "--cfg-options", "a='b c'")

@@ -13,12 +13,12 @@ import pytest
 from mambavision import locking
 from mambavision.errors import OutputError, UserError
 from mambavision.files import check_writable, link, remove_temporaries, replacing
-from mambavision.locking import LOCK, FolderLock
+from mambavision.running.folder_lock import LOCK, FolderLock
 
 HOLD = """
 import multiprocessing, os, sys, time
 from pathlib import Path
-from mambavision.locking import FolderLock
+from mambavision.running.folder_lock import FolderLock
 lock = FolderLock()
 lock.acquire(Path(sys.argv[1]), "")
 if os.fork() == 0:  # as a worker of a data loader, which may outlive the program for a while

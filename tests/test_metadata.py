@@ -8,12 +8,11 @@ import torch
 
 import mambavision
 from conftest import SMALL
-from engine.classify import predict
+from engine.predict import predict
 from engine.options import predict_options, validate_options
-from engine.scoring import validate
+from engine.validate import validate
 from mambavision.checkpoint import read_checkpoint
-from mambavision.errors import CheckpointError
-from mambavision.finite import NonFiniteError
+from mambavision.errors import CheckpointError, NonFiniteError
 
 NAME = "mamba_vision_T"
 
@@ -126,7 +125,7 @@ def last(digits, tmp_path_factory):
     """The last checkpoint of a short training."""
     from conftest import SETTING
     from engine.options import train_options
-    from engine.trainer import train
+    from engine.train import train
 
     folder = tmp_path_factory.mktemp("short")
     words = [*SETTING, "--data-dir", str(digits), "--output", str(folder), "--experiment", "run", "--epochs", "1"]

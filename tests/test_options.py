@@ -278,7 +278,7 @@ def test_trust_comes_from_the_command_line_only(line, tmp_path, capsys):
 
 
 def test_settings_of_a_run_are_a_recipe(tmp_path):
-    from engine.run import write_settings
+    from engine.run_folder import write_settings
 
     args = train_options(
         ["--model-kwargs", "depths=1,2,2,2", "--aa", "", "--amp", "--crop-mode", "squash", "--lr=1e-3"]

@@ -9,7 +9,7 @@ import pytest
 
 from engine import run, trainer
 from mambavision.errors import OutputError, UserError
-from mambavision.locking import LOCK, FolderLock
+from mambavision.running.folder_lock import LOCK, FolderLock
 
 
 def content(folder):

@@ -13,8 +13,7 @@ from conftest import ROOT, SETTING, identical, summary, weights
 from engine import learner, run, trainer
 from mambavision import preemption
 from mambavision.checkpoint import read_checkpoint
-from mambavision.errors import PREEMPTED, UserError
-from mambavision.preemption import Preempted
+from mambavision.errors import PREEMPTED, Preempted, UserError
 
 FULL = ["--epochs", "3", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "4", "--mesa", "0.5",
         "--mesa-start-ratio", "0.1", "--drop-path", "0.3", "--log-interval", "1"]  # fmt: skip

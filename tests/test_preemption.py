@@ -7,7 +7,7 @@ import pytest
 
 from mambavision import preemption
 from mambavision.errors import PREEMPTED, OutputError, UserError
-from mambavision.launch import Process
+from mambavision.running.process import Process
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from test_entry_points import PROGRAMS, parser_of
 
 from conftest import SETTING
 from engine import options, trainer
-from engine.execution import compile_options
-from engine.parser import KeyValues
+from engine.acceleration import compile_options
+from engine.options.parser import KeyValues
 from mambavision.errors import UserError
-from mambavision.launch import Process, pick_device
-from mambavision.ranges import RANGES, Range, check_ranges
+from mambavision.running.process import Process, pick_device
+from mambavision.running.ranges import RANGES, Range, check_ranges
 
 HOSTILE = [
     "nan",
@@ -85,7 +85,7 @@ def check_hostile_number(action, value, capsys):
     words = [f"--option={value}"] if count == 1 else ["--option", *[value] * count]
     args, refusal = answer(lambda: parser.parse_args(words), capsys)
     if args is not None:
-        _, refusal = answer(lambda: check_ranges(args), capsys)
+        _, refusal = answer(lambda: check_ranges(vars(args)), capsys)
     if refusal:
         assert args is None or f"--{action.dest.replace('_', '-')}" in refusal
         return

@@ -54,7 +54,7 @@ CLASSIFICATION = {
 def parse_openmmlab(folder, program, words):
     """Parse the words of a command with its program's own parser, and build what its config says."""
     from mambavision.openmmlab.config import load_config
-    from mambavision.openmmlab.run import options_of_test, options_of_training
+    from mambavision.openmmlab.training.run import options_of_test, options_of_training
 
     name = Path(program).stem
     if name.startswith("dist_"):

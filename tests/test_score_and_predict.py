@@ -12,12 +12,12 @@ from PIL import Image, ImageFont
 import mambavision
 from conftest import ROOT, SMALL
 from engine import contact_sheet
-from engine.classify import find_images, predict
-from engine.execution import compile_options
+from engine.predict import find_images, predict
+from engine.acceleration import compile_options
 from engine.options import predict_options, throughput_options, train_options, validate_options
-from engine.saved import open_classifier
-from engine.scoring import jobs, validate
-from engine.timing import compare
+from engine.classifier import open_classifier
+from engine.validate import jobs, validate
+from engine.throughput import compare
 from mambavision.errors import CheckpointError, DataError, OutputError, UserError
 
 CLASSES = ["digit 0", "digit 1", "digit 2"]
@@ -222,7 +222,7 @@ def test_real_labels_take_the_place_of_top1(digits, checkpoint, tmp_path, capsys
     words = [renamed, "--checkpoint", checkpoint, "--real-labels", tmp_path / "real.json"]
     with pytest.raises(UserError, match="needs the 50000 ImageNet validation images"):
         score(*words)
-    monkeypatch.setattr("engine.scoring._IMAGENET_VALIDATION_IMAGES", 15)
+    monkeypatch.setattr("engine.validate._IMAGENET_VALIDATION_IMAGES", 15)
     monkeypatch.setattr("timm.data.RealLabelsImagenet.__init__.__defaults__", (None, (1, 3)))
     monkeypatch.setattr("timm.data.RealLabelsImagenet.get_accuracy", _accuracy_of_available)
     score(*words)
@@ -247,8 +247,8 @@ def test_wrong_requests_are_one_sentence(digits, checkpoint, tmp_path):
 
 
 def test_unwritable_results_are_noticed_before_the_work(digits, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.scoring.jobs", lambda args: pytest.fail("too late"))
-    monkeypatch.setattr("engine.timing._contestant", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr("engine.validate.jobs", lambda args: pytest.fail("too late"))
+    monkeypatch.setattr("engine.throughput._contestant", lambda *args: pytest.fail("too late"))
     for place in (tmp_path, checkpoint / "results", "/proc/none/results"):
         with pytest.raises(OutputError, match="cannot be written"):
             score(digits, "--checkpoint", checkpoint, "--results-file", place)

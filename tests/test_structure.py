@@ -97,7 +97,7 @@ def test_classification_needs_no_openmmlab():
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({sorted(OPENMMLAB)}))  # importing them fails
-import engine.trainer, engine.scoring, engine.classify, engine.timing, engine.maps, engine.sensitivity, mambavision
+import engine.train, engine.validate, engine.predict, engine.throughput, engine.activation_map, engine.receptive_field, mambavision
 assert mambavision.list_models()
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT / "classification", check=True)

@@ -55,8 +55,9 @@ def test_json_has_no_numbers_that_are_not_finite():
 PROGRAM = """
     import logging, sys
     from pathlib import Path
-    from mambavision.errors import DataError, run_cli
-    from mambavision.reporting import start_logging
+    from mambavision.errors import DataError
+    from mambavision.running.program import run_cli
+    from mambavision.running.logs import start_logging
 
     def main():
         start_logging()

@@ -8,7 +8,7 @@ import torch
 import mambavision
 from engine import timing
 from engine.options import throughput_options
-from engine.timing import compare
+from engine.throughput import compare
 
 CPU = ["--device", "cpu"]
 

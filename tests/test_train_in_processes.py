@@ -131,7 +131,7 @@ def test_sharded_runs_leave_usual_checkpoints(folder):
 )
 def test_what_sharding_cannot_do(training_options, words, message):
     from engine.sharding import check_options
-    from mambavision.launch import Process
+    from mambavision.running.process import Process
 
     process = Process(0, 0, 2, "pytorch") if words else Process()
     with pytest.raises(UserError, match=f"^--fsdp .*{message}"):

@@ -16,8 +16,8 @@ from conftest import SMALL, identical, summary, weights
 from engine import build, loaders, run, trainer
 from engine.task import MesaTask
 from mambavision.checkpoint import read_checkpoint
-from mambavision.finite import NonFiniteError
-from mambavision.launch import Process
+from mambavision.errors import NonFiniteError
+from mambavision.running.process import Process
 
 UNMIXED = ["--mixup", "0", "--cutmix", "0"]
 STILL = ["--lr", "0", "--warmup-lr", "0", "--min-lr", "0", "--opt", "sgd", "--no-aug", "--drop-path", "0", *UNMIXED]

@@ -18,9 +18,10 @@ from conftest import setting
 from engine import trainer
 from engine.options import train_options
 from mambavision import preemption
-from mambavision.errors import UserError
-from mambavision.launch import join, leave, this_process
-from mambavision.preemption import SIGNALS, Preempted, StopSignals
+from mambavision.errors import Preempted, UserError
+from mambavision.running.group import join, leave
+from mambavision.running.process import STOP_SIGNALS, this_process
+from mambavision.running.signals import StopSignals
 
 PROCESS, DEVICE = this_process(), torch.device("cpu")
 WORDS = sys.argv[1:]
@@ -91,7 +92,7 @@ def sharded_and_copied(found):
         _, *found[f"{name}, left"] = fit(*full, *words, "--experiment", f"{name}, left", before=ask(3))
         if PROCESS.is_first:
             shutil.copy(f"output/train/exp/{name}, left/recovery.pth.tar", f"{name}.pth.tar")
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         small, *found[f"{name}, on"] = fit(*full, *words, "--experiment", f"{name}, left")
         parts = [part.to_local() if isinstance(part, DTensor) else part for part in weights_of(small)]

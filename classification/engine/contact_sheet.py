@@ -22,11 +22,11 @@ class Tile:
     image: Image.Image
     guess: str
     probability: float
-    truth: str | None  # None: not known; otherwise the frame is green or red
+    truth: str | None  # None: unknown; otherwise the frame is green or red
 
 
 def draw_contact_sheets(tiles: Sequence[Tile], folder: Path) -> list[Path]:
-    """Draw as many pages as needed into `folder`, and return their paths."""
+    """Draw as many pages as needed into `folder`; return their paths."""
     per_page = _COLUMNS * _ROWS
     pages = [tiles[start : start + per_page] for start in range(0, len(tiles), per_page)]
     paths = []
@@ -67,7 +67,7 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
 
 
 def _caption(tile: Tile, font: _Font) -> list[str]:
-    """Return one or two lines: guess, probability, and the truth if it is another. Only class names are shortened."""
+    """Return one or two lines: guess, probability, and the truth if it differs. Only class names are shortened."""
     guess, percent = _first_synonym(tile.guess), f"  {100 * tile.probability:.0f} %"
     if tile.truth in (None, tile.guess):
         return [_shortened(guess, percent, font)]
@@ -83,7 +83,7 @@ def _first_synonym(name: str) -> str:
 
 
 def _shortened(text: str, rest: str, font: _Font) -> str:
-    """Return both parts in a row, the first with as many letters as fit beside the second."""
+    """Return both parts on one line, the first cut to the letters that fit beside the second."""
     if font.getlength(text + rest) <= _SIDE:
         return text + rest
     while text and font.getlength(text + "…" + rest) > _SIDE:

@@ -1,6 +1,5 @@
 """Data sets of images: finding and checking class folders, and decoding that never hides a broken file."""
 
-import argparse
 import logging
 import os
 from collections.abc import Callable
@@ -18,10 +17,11 @@ from timm.data.readers import add_img_extensions, get_img_extensions
 from timm.data.readers.class_map import load_class_map
 from torchvision.datasets import DatasetFolder
 
+from engine.options.train import DataOptions
 from mambavision.errors import DataError, UserError
 from mambavision.inputs import check_tree
-from mambavision.launch import this_process
-from mambavision.seeding import shared_zeros
+from mambavision.running.process import this_process
+from mambavision.running.sampling import shared_zeros
 
 _logger = logging.getLogger(__name__)
 
@@ -153,12 +153,11 @@ def is_stream(dataset: str) -> bool:
     return dataset.lower().startswith(("hfids/", "tfds/", "wds/"))
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raise a UserError for options that timm's data sets do not know."""
-    for flag in ("skip_corrupt", "exif_transpose"):
-        if getattr(args, flag) and not is_folder(args.dataset):
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} works with image folders only: drop it, or --dataset {args.dataset}.")
+def check_data_options(dataset: str, skip_corrupt: bool, exif_transpose: bool | None) -> None:
+    """Raise a UserError for options that timm's data sets do not support."""
+    for flag, is_set in (("--skip-corrupt", skip_corrupt), ("--exif-transpose", exif_transpose)):
+        if is_set and not is_folder(dataset):
+            raise UserError(f"{flag} works with image folders only: drop it, or --dataset {dataset}.")
 
 
 def open_split(
@@ -219,6 +218,39 @@ def open_split(
         _check_class_folders(root)
     skipping = "" if not skip_corrupt else "replace" if is_training else "mark"
     return FolderDataset(root, class_map, mode, exif_transpose, skipping)
+
+
+def open_training_data(
+    options: DataOptions, batch_sizes: tuple[int, int], channels: int, seed: int
+) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, list[str] | None]:
+    """Return the training and validation data of train.py and the names of their classes, which must agree.
+
+    Args:
+        options: Of the data.
+        batch_sizes: In training and validation.
+        channels: Of the images.
+        seed: Of the run.
+    """
+    splits = ("train", "val") if options.lmdb_dataset else (options.train_split, options.val_split)
+    if options.lmdb_dataset and "lmdb" in (options.data_dir or ""):
+        raise UserError("--lmdb-dataset: LMDB files cannot be read; unpack them into the folders train/ and val/.")
+    common: dict[str, Any] = {
+        "data_dir": options.data_dir,
+        "dataset": options.dataset,
+        "class_map": options.class_map,
+        "channels": channels,
+        "download": options.dataset_download,
+        "seed": seed,
+        "exif_transpose": options.exif_transpose,
+        "skip_corrupt": options.skip_corrupt,
+    }
+    train = open_split(
+        split=splits[0], is_training=True, batch_size=batch_sizes[0], epoch_repeats=options.epoch_repeats, **common
+    )
+    validation = open_split(split=splits[1], batch_size=batch_sizes[1], **common)
+    names = class_names(train)
+    check_same_classes(names, class_names(validation), "the training data", "the validation data")
+    return train, validation, names
 
 
 def _decode_or_name(file: str, mode: str) -> Image.Image:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.data import SKIPPED
 
 
-@torch.no_grad()  # in inference mode, sharded training would keep buffers that it cannot use afterwards
+@torch.no_grad()  # in inference mode, sharded training would keep unusable buffers
 def evaluate(
     model: nn.Module | Callable[[Tensor], Tensor],
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -24,21 +24,21 @@ def evaluate(
     real_labels: RealLabelsImagenet | None = None,
     on_batch: Callable[[int, int], None] = lambda batch, images: None,
 ) -> dict[str, float]:
-    """Return the loss (cross entropy) and the top-1 and top-5 accuracy in percent; every image counts once.
+    """Return the loss (cross entropy) and the top-1 and top-5 accuracy in percent; each image counts once.
 
-    The loss is not a number if any logit is not finite.
+    The loss is NaN if any logit is not finite.
 
     Args:
         model: Maps (batch, channels, H, W) to logits; put in evaluation mode if it is a module.
-        loader: Batches; images with the target `SKIPPED` are left out.
+        loader: Batches; images with the target `SKIPPED` are ignored.
         distributed: Combine the counts of all processes.
-        classes: Use only these columns of the logits, targets being indices into them.
+        classes: Use only these columns of the logits; targets are indices into them.
         real_labels: Collects predictions for the ImageNet-ReaL labels.
         on_batch: Called after each batch with its index and size.
     """
     if isinstance(model, nn.Module):
         model.eval()
-    limit = evaluation_sample_limit(loader)  # the loader pads so that processes get equally many batches
+    limit = evaluation_sample_limit(loader)  # the loader pads, so that processes get the same number of batches
     evaluator = ClassificationEvaluator(device)
     seen = 0
     for index, (images, targets) in enumerate(loader):
@@ -51,7 +51,7 @@ def evaluate(
         seen += len(images)
         if classes is not None:
             logits = logits[:, classes]
-        # Whether the largest of them is right means nothing; so the loss is not a number either.
+        # With non-finite logits the largest one means nothing; neither should the loss.
         logits = logits.where(logits.isfinite().all(dim=1, keepdim=True), torch.nan)
         if real_labels is not None:
             real_labels.add_result(logits)

@@ -1,4 +1,4 @@
-"""What the pictures of the analysis programs have in common."""
+"""Images, figures and arrays of the analysis programs."""
 
 import io
 from pathlib import Path
@@ -9,13 +9,12 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 
-from engine.build import set_image_size
-from engine.saved import Classifier
+from engine.model import Classifier, set_image_size
 from mambavision.files import replacing
 
 
 def load_image(file: Path, classifier: Classifier, device: torch.device) -> Tensor:
-    """Return an image as the model takes it, (1, channels, height, width).
+    """Return an image preprocessed for the model, (1, channels, height, width).
 
     Raises:
         DataError: It cannot be decoded.
@@ -24,25 +23,25 @@ def load_image(file: Path, classifier: Classifier, device: torch.device) -> Tens
 
 
 def as_picture(image: Tensor, classifier: Classifier) -> np.ndarray:
-    """Return an image of `load_image` with colours as before the normalisation, (height, width, 3)."""
+    """Undo the normalisation of an image from `load_image`; return (height, width, 3)."""
     mean, std = (torch.tensor(classifier.data_config[key])[:, None, None] for key in ("mean", "std"))
     colours = (image[0].cpu() * std + mean).clamp(0, 1)
     return colours.expand(3, -1, -1).permute(1, 2, 0).numpy() if len(colours) == 1 else colours.permute(1, 2, 0).numpy()
 
 
 def fit_image_size(classifier: Classifier) -> None:
-    """Let the model take images of the size that its data config says."""
+    """Adapt the model to the image size of its data config."""
     set_image_size(classifier.model, classifier.data_config["input_size"][1:])
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib, complete or not at all."""
+    """Write a matplotlib figure, complete or not at all."""
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=100)
 
 
 def save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Write a file for `numpy.load`, complete or not at all."""
+    """Write arrays as a file for `numpy.load`, complete or not at all."""
     content = io.BytesIO()  # numpy seeks in what it writes
     np.savez_compressed(content, **arrays)
     with replacing(path) as file:

@@ -1,6 +1,5 @@
-"""What training changes: weights, their average, the optimizer, the loss scale and the schedule."""
+"""Trainable state of a run: model, averaged weights, optimizer, loss scale and schedule."""
 
-import argparse
 import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -11,12 +10,15 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import dispatch_clip_grad, get_state_dict, unwrap_model
 from torch import Tensor, nn
 
-from engine import build, sharding
-from engine.execution import training_precision
-from engine.resuming import Resumed
+from engine import sharding
+from engine.acceleration import training_precision
+from engine.objective import build_task
+from engine.options import TrainOptions
+from engine.resume import Resumed
+from engine.schedule import build_optimizer, build_scheduler, global_batch, learning_rates
 from mambavision.checkpoint import EMA_KEYS, load_weights
 from mambavision.errors import CheckpointError
-from mambavision.launch import Process
+from mambavision.running.group import Group
 
 _logger = logging.getLogger(__name__)
 
@@ -29,44 +31,38 @@ class Learner:
     Attributes:
         task: Model, objective and averaged weights.
         updates: Optimizer steps so far.
-        num_epochs: Of the schedule, cool-down included.
+        num_epochs: Length of the schedule, including the cool-down.
 
     Args:
-        args: Options of train.py.
-        process: This process among all.
-        device: Where the model is.
-        model: What learns.
-        batches: Of an epoch.
-        resumed: The checkpoint to go on from, if any.
+        options: Of train.py.
+        group: All processes.
+        model: The model to train, on the group's device.
+        batches: Number of batches of this process in an epoch.
+        resumed: The checkpoint to resume, if any.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        process: Process,
-        device: torch.device,
-        model: nn.Module,
-        batches: int,
-        resumed: Resumed | None,
+        self, options: TrainOptions, group: Group, model: nn.Module, batches: int, resumed: Resumed | None
     ) -> None:
-        self.args, self.process, self.device = args, process, device
-        dtype = training_precision(args, device)
+        self.options, self.group = options, group
+        device = group.device
+        dtype = training_precision(options.run.amp, options.run.bfloat, device)
         self.autocast = partial(torch.autocast, device_type=device.type, dtype=dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.task = build.build_task(args, model, device)
+        self.task = build_task(options, model, device)
         if resumed:
             self._load_weights(resumed)
-        if args.fsdp:
-            sharding.shard(self.task, process, device)
-        self.optimizer = build.build_optimizer(args, model, process.world_size)
+        if options.averaging.fsdp:
+            sharding.shard(self.task, group)
+        self.optimizer = build_optimizer(options, model, group.size)
         if resumed and resumed.with_optimizer:
             self._load_optimizer(resumed)
-        self.scheduler, self.num_epochs = build.build_scheduler(args, self.optimizer, batches, process.world_size)
+        self.scheduler, self.num_epochs = build_scheduler(options, self.optimizer, batches, group.size)
         self.updates = 0
-        lr, batch = build.learning_rates(args, process.world_size)["lr"], build.global_batch(args, process.world_size)
+        lr, batch = learning_rates(options, group.size)["lr"], global_batch(options, group.size)
         _logger.info("learning rate %.4g for a global batch of %d images", lr, batch)
 
-    # Going on
+    # Resuming
 
     def _load_weights(self, resumed: Resumed) -> None:
         path, checkpoint = str(resumed.path), resumed.checkpoint
@@ -80,24 +76,25 @@ class Learner:
     def _load_optimizer(self, resumed: Resumed) -> None:
         path, checkpoint = resumed.path, resumed.checkpoint
         if "optimizer" not in checkpoint:
-            raise CheckpointError(f"{path}: has no optimizer state; add --no-resume-opt to go on without.")
-        opt = resumed.settings.get("opt", self.args.opt)
+            raise CheckpointError(f"{path}: has no optimizer state; add --no-resume-opt to resume without it.")
+        wanted = self.options.optimizer.opt
+        opt = resumed.settings.get("opt", wanted)
         try:
             self.optimizer.load_state_dict(sharding.sharded_optimizer_state(checkpoint["optimizer"], self.optimizer))
             groups = self.optimizer.param_groups
-            fits = opt == self.args.opt and all(self.optimizer.defaults.keys() <= group.keys() for group in groups)
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):  # torch checks next to nothing
+            fits = opt == wanted and all(self.optimizer.defaults.keys() <= group.keys() for group in groups)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):  # torch hardly checks anything
             fits = False
         if not fits:
             raise CheckpointError(
-                f"{path}: its optimizer state does not fit (--opt was {opt} and is {self.args.opt}); give --opt, "
+                f"{path}: its optimizer state does not fit (--opt was {opt} and is {wanted}); give --opt, "
                 "--layer-decay and --weight-decay as before, or add --no-resume-opt to start without it."
             )
         if self.scaler.is_enabled() and _SCALE in checkpoint:
             self.scaler.load_state_dict(checkpoint[_SCALE])
 
     def go_to(self, epoch: int, updates: int, resumed: Resumed | None) -> None:
-        """Bring the schedule to a step. It follows from the step count; plateau alone has a memory."""
+        """Move the schedule to a step. All schedules except plateau depend on the step count only."""
         self.updates = updates
         if not isinstance(self.scheduler, PlateauLRScheduler):
             self.scheduler.step(epoch)
@@ -114,35 +111,35 @@ class Learner:
     # Training
 
     def distribute(self) -> None:
-        """Let the processes learn together."""
-        if self.process.is_distributed and not self.args.fsdp:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not self.args.no_ddp_bb)
+        """Wrap the model for training in several processes."""
+        if self.group.is_distributed and not self.options.averaging.fsdp:
+            ids = [self.group.device.index] if self.group.device.type == "cuda" else None
+            self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not self.options.averaging.no_ddp_bb)
 
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to those of the batches before."""
+        """Accumulate the gradient of a loss."""
         self.scaler.scale(loss).backward()
 
     def gradients(self) -> Iterator[Tensor]:
-        """Yield what must be finite before a step; a loss scale looks after overflow by itself."""
+        """Yield the gradients that must be finite before a step; none with a loss scale, which handles overflow."""
         if not self.scaler.is_enabled():
             for parameter in self.task.get_trainable_module().parameters():
                 if parameter.grad is not None:
                     yield parameter.grad
 
     def step(self) -> bool:
-        """Let optimizer, schedule and average take a step; return whether the loss scale let it be skipped."""
+        """Advance optimizer, schedule and averaged weights; return True if the loss scale skipped the step."""
         self.updates += 1
         self.scheduler.step_update(self.updates)
-        if self.args.clip_grad:
+        clip, mode = self.options.optimizer.clip_grad, self.options.optimizer.clip_mode
+        if clip:
             self.scaler.unscale_(self.optimizer)
-            mode = self.args.clip_mode
             parameters = list(self.task.get_clip_parameters(exclude_head=mode == "agc"))
-            dispatch_clip_grad(parameters, self.args.clip_grad, mode=mode)
+            dispatch_clip_grad(parameters, clip, mode=mode)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -151,16 +148,16 @@ class Learner:
         return self.scaler.get_scale() < scale
 
     def models_on_device(self) -> dict[str, nn.Module]:
-        """Return the model and its average, unless that is kept on the CPU: too slow there, and out of nccl's reach."""
+        """Return the model and its average, unless that is on the CPU, where it is slow and NCCL cannot reach it."""
         models = {"raw": self.task.get_eval_model()}
-        if self.task.has_ema() and not self.args.model_ema_force_cpu:
+        if self.task.has_ema() and not self.options.averaging.model_ema_force_cpu:
             models["averaged"] = self.task.get_eval_model(ema=True)
         return models
 
     # Saving
 
     def state(self) -> dict[str, Any]:
-        """Return what checkpoints hold of it, in types that load safely; to be called on all processes."""
+        """Return the state for a checkpoint, in types that load safely; collective."""
         state = {
             "state_dict": get_state_dict(self.task.get_eval_model(), unwrap_model),
             "optimizer": self.optimizer.state_dict(),
@@ -172,16 +169,16 @@ class Learner:
         if isinstance(self.scheduler, PlateauLRScheduler):
             plateau = {"state": self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
             state["plateau"] = plateau
-        return sharding.whole(state, self.process.is_first) if self.args.fsdp else state
+        return sharding.unsharded(state, self.group.is_first) if self.options.averaging.fsdp else state
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return batch statistics and the like, which differ between processes until the end of an epoch."""
-        if not self.process.is_distributed:
+        """Return batch statistics and other buffers, which differ between processes until the end of an epoch."""
+        if not self.group.is_distributed:
             return {}
         return {name: buffer.cpu() for name, buffer in self._named_buffers().items()}
 
     def load_buffers(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore what `buffers` returned."""
+        """Restore the buffers that `buffers` returned."""
         own = self._named_buffers()
         for name in own.keys() & saved.keys():  # options can switch the average on or off
             own[name].copy_(saved[name])

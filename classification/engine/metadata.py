@@ -95,7 +95,7 @@ def _is_side(value: Any) -> bool:
 
 
 def _are_checkpoints(value: Any) -> bool:
-    """Whether it is what `engine.run.Checkpoints` keeps."""
+    """Whether it is what `engine.run_folder.Checkpoints` keeps."""
     if not isinstance(value, Mapping) or not {"best", "kept"} <= value.keys():
         return False
     return (value["best"] is None or _is_ranked(value["best"])) and is_list_of(value["kept"], _is_ranked)
@@ -108,7 +108,7 @@ def _is_ranked(value: Any) -> bool:
 
 
 def _are_processes(value: Any) -> bool:
-    """Whether it is what `engine.trainer` keeps of each process."""
+    """Whether it is what `engine.train` keeps of each process."""
     return is_list_of(
         value,
         lambda own: (

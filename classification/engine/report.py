@@ -1,100 +1,24 @@
-"""What a run tells: a progress bar on a terminal, TensorBoard, Weights & Biases, summary and curves."""
+"""Metric reporting of a run: TensorBoard, Weights & Biases, summary table and curves."""
 
 import csv
 import io
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from engine.run import SUMMARY
+from engine.run_folder import SUMMARY
 from mambavision.errors import UserError
 from mambavision.files import replacing
-from mambavision.reporting import console, forgive, line_format
+from mambavision.running.logs import line_format, tolerate_write_errors
 
 CURVES = "curves.png"
 _CURVES_EVERY_SECONDS = 60.0
-_BAR_TEXT_EVERY_SECONDS = 0.5
-_LINE_EVERY_SECONDS = 10.0
-
-_logger = logging.getLogger("engine")
-
-
-class ProgressLine:
-    """Progress of one pass over the data: a bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, name: str, total: int, interval: int, done: int = 0, log_end: bool = True) -> None:
-        self.name = name
-        self.log_end = log_end
-        self.total = total
-        self.interval = max(1, interval)
-        self.done = self._done_at_start = done
-        self._started = self._described = time.monotonic()
-        self._bar = self._task = None
-        if sys.stdout.isatty():
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task(name, total=total, completed=done)
-            self._bar.start()
-
-    def step(self, describe: Callable[[], str]) -> bool:
-        """Count one batch; return whether its number is one to log. Slow passes show what happens in between as well.
-
-        `describe` may be costly and is called only when it shows.
-        """
-        self.done += 1
-        is_logged = self.done % self.interval == 0 or (self.done == self.total and self.log_end)
-        patience = _LINE_EVERY_SECONDS if self._bar is None else _BAR_TEXT_EVERY_SECONDS
-        if is_logged or time.monotonic() - self._described > patience:
-            self._show(describe())
-            self._described = time.monotonic()
-        if self._bar is not None:
-            self._bar.advance(self._task)
-        return is_logged
-
-    def _show(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=f"{self.name}  {text}")
-        else:
-            remaining = f"  ETA {duration(self._remaining())}" if self.done < self.total else ""
-            _logger.info("%s [%d/%d] %s%s", self.name, self.done, self.total, text, remaining)
-
-    def _remaining(self) -> float:
-        elapsed = time.monotonic() - self._started
-        return elapsed / max(1, self.done - self._done_at_start) * (self.total - self.done)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-@contextmanager
-def progress(
-    name: str, total: int, interval: int, is_first: bool = True, done: int = 0, log_end: bool = True
-) -> Iterator[ProgressLine | None]:
-    """Yield a `ProgressLine` on the first process and None on the others."""
-    line = ProgressLine(name, total, interval, done, log_end) if is_first else None
-    try:
-        yield line
-    finally:
-        if line is not None:
-            line.close()
-
-
-def duration(seconds: float) -> str:
-    """Return hours, minutes and seconds as text."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 class RunReport:
-    """Writes the outcome of every epoch to the run's folder."""
+    """Writes the metrics of every epoch to the run's folder."""
 
     def __init__(
         self, folder: Path, log_dir: Path, first_epoch: int, settings: Mapping[str, Any], use_wandb: bool
@@ -107,7 +31,7 @@ class RunReport:
         self._curves_drawn = time.monotonic()
         self._log_file = logging.FileHandler(folder / "train.log", encoding="utf-8")
         self._log_file.setFormatter(line_format())
-        forgive(self._log_file)
+        tolerate_write_errors(self._log_file)
         logging.getLogger().addHandler(self._log_file)
 
     def epoch(
@@ -118,7 +42,7 @@ class RunReport:
         averaged: Mapping[str, float] | None,
         lr: float,
     ) -> None:
-        """Record an epoch, which is in the summary already."""
+        """Record an epoch that is already in the summary."""
         scalars = {
             "perf/test_acc1": validation["top1"],
             "perf/test_loss": validation["loss"],
@@ -152,14 +76,14 @@ class RunReport:
 def summary_row(
     epoch: int, train: Mapping[str, float], validation: Mapping[str, float], lr: float
 ) -> dict[str, float | str]:
-    """Return an epoch's row of the summary, with the columns of timm's."""
+    """Return the summary row of an epoch, with timm's columns."""
     row = {"epoch": epoch}
     row |= {f"train_{key}": value for key, value in train.items()}
     return row | {f"eval_{key}": value for key, value in validation.items()} | {"lr": lr}
 
 
 def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
-    """Write the summary of all epochs so far."""
+    """Write the summary of all epochs so far, ``summary.csv``."""
     columns = dict.fromkeys(name for row in rows for name in row)
     table = io.StringIO()
     writer = csv.DictWriter(table, columns)
@@ -170,8 +94,8 @@ def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> No
         file.write(table.getvalue().encode())
 
 
-def complete(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
-    """Write what a run lacks that was killed after its last checkpoint."""
+def write_missing(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
+    """Write the summary and curves that are missing after a run was killed behind its last checkpoint."""
     if len(read_summary(folder)) < len(rows):
         write_summary(folder, rows)
     if rows and not (folder / CURVES).exists():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambavision.analysis.recording import AttentionRecord, Layout, ScanRecord
-from mambavision.errors import UserError
+from mambavision.errors import ArgumentError
 from mambavision.models.layers import check_choice
 
 Mode = Literal["CB", "CBdt", "CwBw", "CwBdtw", "ww"]
@@ -57,12 +57,12 @@ class MapKind:
         """Return the kind of a name of the original, ``<route>[_norm|_absnorm]_<mode>``.
 
         Raises:
-            UserError: It is not such a name.
+            ArgumentError: It is not such a name.
         """
         modes = "|".join(get_args(Mode))
         match = re.fullmatch(rf"(?:a(o?)(\d+)|(n?all))_(?:(norm|absnorm)_)?({modes})", name)
         if match is None:
-            raise UserError(
+            raise ArgumentError(
                 f"unknown map {name!r}: write a route (a0, a1, ...; ao0, ... in the route's own order; all, nall), "
                 f"_norm or _absnorm or neither, and _{', _'.join(get_args(Mode))}; for example all_norm_CB."
             )
@@ -86,7 +86,7 @@ def attention_maps(record: ScanRecord | AttentionRecord, kinds: Iterable[MapKind
         attention, the mean over the heads as "softmax".
 
     Raises:
-        UserError: The scan has no such route.
+        ArgumentError: The scan has no such route.
     """
     layout = record.layout
     if isinstance(record, AttentionRecord):
@@ -95,7 +95,7 @@ def attention_maps(record: ScanRecord | AttentionRecord, kinds: Iterable[MapKind
     count = len(record.routes)
     for kind in kinds:
         if isinstance(kind.route, int) and kind.route >= count:
-            raise UserError(f"map {kind}: the scan has {count} route{'s' * (count > 1)}, from 0 on.")
+            raise ArgumentError(f"map {kind}: the scan has {count} route{'s' * (count > 1)}, from 0 on.")
     maps = {}
     for mode in dict.fromkeys(kind.mode for kind in kinds):
         matrices = _matrices(record, mode)  # in the order of each route
@@ -208,11 +208,11 @@ def cell_of_point(layout: Layout, point: tuple[float, float]) -> tuple[int, int]
     """Return row and column of the cell of a map in which a point lies; x and y from 0 to 1, from left and top.
 
     Raises:
-        UserError: The point lies outside.
+        ArgumentError: The point lies outside.
     """
     x, y = point
     if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise UserError(f"point {x:g},{y:g}: lies outside of the image; x and y go from 0 (left, top) to 1.")
+        raise ArgumentError(f"point {x:g},{y:g}: lies outside of the image; x and y go from 0 (left, top) to 1.")
     return min(int(y * layout.height), layout.height - 1), min(int(x * layout.width), layout.width - 1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mambavision.errors import UserError
+from mambavision.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1
         stage: As for `receptive_field_maps`.
 
     Raises:
-        UserError: There are no images, or no map is finite.
+        ArgumentError: There are no images, or no map is finite.
     """
     total, images, skipped = None, 0, 0
     for batch in batches:
@@ -39,7 +39,9 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1
         images += int(finite.sum())
         skipped += int((~finite).sum())
     if not images:
-        raise UserError(f"no receptive field: of {skipped} images not one has a finite gradient; check the weights.")
+        raise ArgumentError(
+            f"no receptive field: of {skipped} images not one has a finite gradient; check the weights."
+        )
     return ReceptiveField(total / images, images, skipped)
 
 
@@ -58,7 +60,7 @@ def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> T
         (batch, height, width)
 
     Raises:
-        UserError: The model has no such stage, or no intermediates.
+        ArgumentError: The model has no such stage, or no intermediates.
     """
     check_stage(model, stage)
     images = images.detach().requires_grad_()
@@ -76,10 +78,10 @@ def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> T
 
 def check_stage(model: nn.Module, stage: int) -> None:
     if not hasattr(model, "forward_intermediates"):
-        raise UserError(f"{type(model).__name__}: has no intermediate features (forward_intermediates of timm).")
+        raise ArgumentError(f"{type(model).__name__}: has no intermediate features (forward_intermediates of timm).")
     count = len(model.feature_info)
     if not -count <= stage < count:
-        raise UserError(f"{type(model).__name__}: has no stage {stage}; it has {count}, 0 to {count - 1}.")
+        raise ArgumentError(f"{type(model).__name__}: has no stage {stage}; it has {count}, 0 to {count - 1}.")
 
 
 def display_scale(field: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mambavision.errors import UserError, nearest
+from mambavision.errors import ArgumentError
+from mambavision.text import nearest
 from vision_kernels.cross_scan import ROUTES, Route
 from vision_kernels.mamba_mixer.composed import mamba_mixer_composed
 from vision_kernels.ss2d.unfused import scan_arguments
@@ -82,18 +83,18 @@ def block_name(model: nn.Module, stage: int, block: int) -> str:
     ``blocks.1``.
 
     Raises:
-        UserError: There is no such stage or block.
+        ArgumentError: There is no such stage or block.
     """
     prefix = ""
     if hasattr(model, "stages_name"):
         if not 0 <= stage < len(model.stages):
-            raise UserError(f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, from 0 on.")
+            raise ArgumentError(f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, from 0 on.")
         prefix = model.feature_info[stage]["module"] + "."
     names = dict(model.named_modules())
     blocks = names.get(f"{prefix}blocks", ())
     if not 0 <= block < len(blocks):
         where = f"stage {stage} of " if prefix else ""
-        raise UserError(f"{where}{type(model).__name__}: has no block {block}; it has {len(blocks)}, from 0 on.")
+        raise ArgumentError(f"{where}{type(model).__name__}: has no block {block}; it has {len(blocks)}, from 0 on.")
     return f"{prefix}blocks.{block}"
 
 
@@ -107,12 +108,12 @@ def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> lis
         names: Of modules with one (two-dimensional) scan or attention each, such as ``layers.2.blocks.1``.
 
     Raises:
-        UserError: There is no module of that name, or it has not one scan or attention over a whole map or window.
+        ArgumentError: There is no module of that name, or it has not one scan or attention over a whole map or window.
     """
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
-            raise UserError(f"{type(model).__name__}: has no module {name!r}.{nearest(name, modules)}")
+            raise ArgumentError(f"{type(model).__name__}: has no module {name!r}.{nearest(name, modules)}")
     calls: dict[str, list] = {}
     sizes: dict[str, torch.Size] = {}
 
@@ -148,9 +149,9 @@ def _record(
 ) -> ScanRecord | AttentionRecord:
     what = f"{name} of {type(model).__name__}"
     if not calls:
-        raise UserError(f"{what}: has neither a selective scan nor fused attention; choose another block.")
+        raise ArgumentError(f"{what}: has neither a selective scan nor fused attention; choose another block.")
     if len(calls) > 1:
-        raise UserError(f"{what}: has {len(calls)} scans, one after the other, of which there is no common map.")
+        raise ArgumentError(f"{what}: has {len(calls)} scans, one after the other, of which there is no common map.")
     ((function, args, kwargs),) = calls
     if function is torch.ops.vision_kernels.ss2d:
         return _of_ss2d(*args[:-1])
@@ -193,6 +194,6 @@ def _layout(model: nn.Module, name: str, what: str, sizes: dict[str, torch.Size]
             length // patch for length, patch in zip(images.shape[2:], model.patch_embed.patch_size, strict=True)
         )
         return Layout(*size, size), model.num_prefix_tokens
-    raise UserError(
+    raise ArgumentError(
         f"{what}: the places of its tokens in the image are not known; choose a VMamba, MambaVision or ViT."
     )

@@ -9,15 +9,15 @@ from mambavision.openmmlab import mmcv_ops
 mmcv_ops.install()  # before anything imports mmcv.ops
 
 from mambavision.openmmlab import checkpoints, hooks, json_logs, loops  # noqa: E402, F401
-from mambavision.openmmlab.backbones import MM_mamba_vision, RegisteredBackbone  # noqa: E402
-from mambavision.openmmlab.segman import (  # noqa: E402
+from mambavision.openmmlab.backbones.features import MM_mamba_vision, RegisteredBackbone  # noqa: E402
+from mambavision.openmmlab.backbones.segman import (  # noqa: E402
     SegMANEncoder_b,
     SegMANEncoder_l,
     SegMANEncoder_l2,
     SegMANEncoder_s,
     SegMANEncoder_t,
 )
-from mambavision.openmmlab.vssm import MM_VSSM  # noqa: E402
+from mambavision.openmmlab.backbones.vssm import MM_VSSM  # noqa: E402
 
 __all__ = [
     "MM_VSSM",

@@ -20,9 +20,10 @@ from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mambavision.errors import UserError, nearest
-from mambavision.launch import Process
-from mambavision.reporting import EscapeOwnMessages, forgive
+from mambavision.errors import UserError
+from mambavision.running.logs import EscapeOwnMessages, tolerate_write_errors
+from mambavision.running.process import Process
+from mambavision.text import nearest
 
 # mmengine 0.10 finds bases like mmdet::... with it, and says so on each.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
@@ -206,7 +207,7 @@ def collect_log() -> None:
 def log_to(logger: logging.Logger) -> None:
     """Send this package's messages, and those collected until now, where mmengine sends its own."""
     for handler in logger.handlers:
-        forgive(handler)
+        tolerate_write_errors(handler)
         if isinstance(handler, logging.FileHandler) and handler.stream is not None:
             handler.stream.reconfigure(encoding="utf-8")  # mmengine takes that of the locale
     own = logging.getLogger("mambavision")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambavision.openmmlab.coco import Findings
+    from mambavision.openmmlab.data.coco import Findings
 
 COCO_2017 = [  # annotations, folder of images, their number
     ("annotations/instances_train2017.json", "train2017", 118_287),
@@ -23,7 +23,7 @@ _SAMPLED = 200
 def main() -> None:
     args = options()
 
-    from mambavision.errors import run_cli
+    from mambavision.running.program import run_cli
 
     run_cli(lambda: check(args))
 
@@ -79,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
 
 def _examine_part(ann: Path, images: Path, full: bool) -> "Findings":
     from mambavision.errors import DataError
-    from mambavision.openmmlab.coco import Findings, examine_annotations, read_annotations, some, unusable_files
+    from mambavision.openmmlab.data.coco import Findings, examine_annotations, read_annotations, some, unusable_files
 
     try:
         findings = Findings(read_annotations(ann))
@@ -107,7 +107,7 @@ def _examine_images(entries: list[dict[str, Any]], folder: Path) -> tuple[list[s
     from concurrent.futures import ThreadPoolExecutor
 
     from mambavision.errors import DataError
-    from mambavision.openmmlab.inputs import check_image
+    from mambavision.openmmlab.prediction.sources import check_image
     from mambavision.openmmlab.reporting import progress
 
     def size(entry: dict[str, Any]) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mmdet.structures import DetDataSample
     from mmengine.config import Config
 
-    from mambavision.openmmlab.inputs import Frame
+    from mambavision.openmmlab.prediction.sources import Frame
 
 RESULTS = "predictions.json"
 # The categories of COCO have these numbers in its annotation files, by which its evaluation knows them.
@@ -22,7 +22,7 @@ _COCO_NUMBERS = [number for number in range(1, 91) if number not in _UNUSED_BY_C
 def main() -> None:
     args = options()  # before the slow imports: a mistyped flag answers at once
 
-    from mambavision.errors import run_cli
+    from mambavision.running.program import run_cli
 
     run_cli(lambda: predict(args))
 
@@ -49,16 +49,16 @@ def predict(args: argparse.Namespace) -> None:
     import logging
 
     from mambavision.files import check_writable, replacing
-    from mambavision.launch import pick_device, this_process
     from mambavision.openmmlab.checkpoints import load_from_local
     from mambavision.openmmlab.config import load_config
-    from mambavision.openmmlab.inputs import find_sources, in_batches, read_frames
-    from mambavision.openmmlab.pictures import Pictures
+    from mambavision.openmmlab.prediction.sources import find_sources, in_batches, read_frames
+    from mambavision.openmmlab.prediction.pictures import Pictures
     from mambavision.openmmlab.reporting import progress, start_logging
-    from mambavision.ranges import check_ranges
+    from mambavision.running.process import pick_device, this_process
+    from mambavision.running.ranges import check_ranges
     from mambavision.text import as_json
 
-    check_ranges(args)
+    check_ranges(vars(args))
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)
@@ -106,7 +106,7 @@ class Detector:
 
         from mambavision.errors import UserError
         from mambavision.openmmlab.config import explained
-        from mambavision.openmmlab.inputs import Preparation
+        from mambavision.openmmlab.prediction.sources import Preparation
         from mambavision.openmmlab.weights import trained_model
         from mambavision.text import escaped
 
@@ -148,7 +148,7 @@ class Detector:
 def _meta(cfg: "Config", checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     """Return classes and palette: those the checkpoint was trained with or, where it keeps none, the config's."""
     from mambavision.errors import CheckpointError, UserError
-    from mambavision.openmmlab.coco import dataset_meta, head_classes
+    from mambavision.openmmlab.data.coco import dataset_meta, head_classes
 
     kept = checkpoint.get("meta", {})
     kept = {key.lower(): value for key, value in {**kept, **kept.get("dataset_meta", {})}.items()}

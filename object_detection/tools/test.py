@@ -5,11 +5,13 @@ from pathlib import Path
 
 from mmengine import Config
 
-from mambavision.errors import UserError, nearest, run_cli
+from mambavision.errors import UserError
 from mambavision.files import check_writable
-from mambavision.openmmlab.coco import check_datasets
+from mambavision.openmmlab.data.coco import check_datasets
 from mambavision.openmmlab.config import pipeline_owner, settings_in
-from mambavision.openmmlab.run import options_of_test, test
+from mambavision.openmmlab.training.run import options_of_test, test
+from mambavision.running.program import run_cli
+from mambavision.text import nearest
 
 METRICS = ("bbox", "segm", "proposal", "proposal_fast")
 
@@ -43,7 +45,7 @@ def adapt(config: Config, args: argparse.Namespace) -> None:
 
 def _augment(config: Config) -> None:
     """Merge the detections of each image and its mirror image, unless the config says otherwise."""
-    import instance_tta  # noqa: F401 - registers the model
+    import mambavision.openmmlab.prediction.instance_tta  # noqa: F401 - registers the model
 
     nms = {"type": "nms", "iou_threshold": 0.5}
     config.setdefault("tta_model", {"type": "InstanceTTAModel", "tta_cfg": {"nms": nms, "max_per_img": 100}})

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Score on all GPUs of this machine, or under Slurm; every argument goes to test.py. mambavision/launch.sh lists the
+# Score on all GPUs of this machine, or under Slurm; every argument goes to test.py. mambavision/running/launch.sh lists the
 # variables.
 #   bash tools/test.sh configs/mamba_vision/cascade_mask_rcnn_mamba_vision_tiny_3x_coco.py tiny.pth
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source ../mambavision/launch.sh
+source ../mambavision/running/launch.sh
 launch tools/test.py "$@"

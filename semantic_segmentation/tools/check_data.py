@@ -42,7 +42,7 @@ _SIZES, _MASKS = 200, 20  # examined of each split, unless all are
 def main() -> None:
     args = options()
 
-    from mambavision.errors import run_cli
+    from mambavision.running.program import run_cli
 
     run_cli(lambda: check(args))
 
@@ -109,7 +109,7 @@ def _examine(config: "Config", splits: Sequence[str], full: bool) -> Iterator[tu
 
 
 def _findings(setting: "ConfigDict", config: "Config", full: bool) -> Findings:
-    from labels import number_of_classes
+    from mambavision.openmmlab.data.masks import number_of_classes
 
     from mambavision.errors import DataError
     from mambavision.inputs import check_tree
@@ -235,7 +235,7 @@ def _problem_of_header(entry: dict[str, Any]) -> str:
 
 
 def _problem_of_labels(entry: dict[str, Any], setting: "ConfigDict", config: "Config") -> str:
-    from labels import loader_of, number_of_classes, problem_of
+    from mambavision.openmmlab.data.masks import loader_of, number_of_classes, problem_of
 
     try:
         labels = loader_of(setting)({**entry, "seg_fields": []})["gt_seg_map"]

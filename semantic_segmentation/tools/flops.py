@@ -27,9 +27,9 @@ def count(args: argparse.Namespace) -> None:
 
     from mambavision.complexity import complexity
     from mambavision.openmmlab.config import explained, load_config
-    from mambavision.ranges import check_ranges
+    from mambavision.running.ranges import check_ranges
 
-    check_ranges(args)
+    check_ranges(vars(args))
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)
     with torch.device("meta"), explained(args.config):
@@ -53,6 +53,6 @@ def count(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     args = options()
 
-    from mambavision.errors import run_cli
+    from mambavision.running.program import run_cli
 
     run_cli(lambda: count(args))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from mmengine import Config
 
-    from mambavision.openmmlab.inputs import Frame, Source
+    from mambavision.openmmlab.prediction.sources import Frame, Source
 
 MASKS = "masks"
 
@@ -18,7 +18,7 @@ MASKS = "masks"
 def main() -> None:
     args = options()  # before the slow imports: a mistyped flag answers at once
 
-    from mambavision.errors import run_cli
+    from mambavision.running.program import run_cli
 
     run_cli(lambda: predict(args))
 
@@ -43,18 +43,18 @@ def predict(args: argparse.Namespace) -> None:
     """Segment all inputs and write what was found to --out."""
     import logging
 
-    from overlay import Overlay
+    from mambavision.openmmlab.prediction.overlay import Overlay
 
     from mambavision.files import check_writable
-    from mambavision.launch import pick_device, this_process
     from mambavision.openmmlab.checkpoints import load_from_local
     from mambavision.openmmlab.config import load_config
-    from mambavision.openmmlab.inputs import find_sources, read_frames
-    from mambavision.openmmlab.pictures import Pictures
+    from mambavision.openmmlab.prediction.sources import find_sources, read_frames
+    from mambavision.openmmlab.prediction.pictures import Pictures
     from mambavision.openmmlab.reporting import progress, start_logging
-    from mambavision.ranges import check_ranges
+    from mambavision.running.process import pick_device, this_process
+    from mambavision.running.ranges import check_ranges
 
-    check_ranges(args)
+    check_ranges(vars(args))
     start_logging()
     device = pick_device(args.device, this_process())
     out = Path(args.out)
@@ -108,7 +108,7 @@ class Segmenter:
         from mmengine.registry import init_default_scope
 
         from mambavision.openmmlab.config import explained
-        from mambavision.openmmlab.inputs import Preparation
+        from mambavision.openmmlab.prediction.sources import Preparation
         from mambavision.openmmlab.weights import trained_model
 
         init_default_scope(config.default_scope)
@@ -130,7 +130,7 @@ class Segmenter:
 def _classes(config: "Config", checkpoint: dict[str, Any], path: str) -> tuple[list[str], list[list[int]]]:
     """Return names and colours: those the checkpoint was trained with or, where it keeps none, the config's."""
     from check_data import build_dataset
-    from labels import number_of_classes
+    from mambavision.openmmlab.data.masks import number_of_classes
 
     from mambavision.errors import CheckpointError
 

@@ -5,17 +5,19 @@ import argparse
 from check_data import check_datasets
 from mmengine import Config
 
-from mambavision.errors import UserError, nearest, run_cli
+from mambavision.errors import UserError
 from mambavision.files import check_writable
 from mambavision.openmmlab.config import pipeline_owner, settings_in
-from mambavision.openmmlab.run import options_of_test, test
+from mambavision.openmmlab.training.run import options_of_test, test
+from mambavision.running.program import run_cli
+from mambavision.text import nearest
 
 METRICS = ("mIoU", "mDice", "mFscore")
 
 
 def check(config: Config) -> None:
     """Check the data that are scored on."""
-    from labels import name_wrong_labels
+    from mambavision.openmmlab.data.masks import name_wrong_labels
 
     check_datasets(config, ("test",))
     name_wrong_labels(config)

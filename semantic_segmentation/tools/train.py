@@ -6,10 +6,10 @@ import torch
 from check_data import check_datasets
 from mmengine import Config
 
-from mambavision.errors import run_cli
-from mambavision.launch import this_process
 from mambavision.openmmlab.config import settings_in
-from mambavision.openmmlab.run import options_of_training, train
+from mambavision.openmmlab.training.run import options_of_training, train
+from mambavision.running.process import this_process
+from mambavision.running.program import run_cli
 
 _logger = logging.getLogger("mambavision.train")
 _POOLING = ("UPerHead", "PSPHead", "SegMANDecoder")  # heads that normalise single pixels
@@ -17,7 +17,7 @@ _POOLING = ("UPerHead", "PSPHead", "SegMANDecoder")  # heads that normalise sing
 
 def prepare(config: Config) -> None:
     """Check the data, and fit to one process what is meant for many."""
-    from labels import name_wrong_labels
+    from mambavision.openmmlab.data.masks import name_wrong_labels
 
     check_datasets(config)
     name_wrong_labels(config)

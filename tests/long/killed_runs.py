@@ -19,7 +19,7 @@ from conftest import identical as same_weights  # noqa: E402
 from engine import run  # noqa: E402
 from mambavision.checkpoint import read_checkpoint  # noqa: E402
 from mambavision.openmmlab import run as openmmlab  # noqa: E402
-from mambavision.resume import newest_valid  # noqa: E402
+from mambavision.running.newest import newest_valid  # noqa: E402
 
 SEEDS = range(4)
 KILLS = 4  # of a run
@@ -83,7 +83,7 @@ def test_killed_classifiers_end_like_undisturbed_ones(classify, undisturbed, tmp
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from mambavision.openmmlab.scenes import Options, write_scenes
+    from scenes import Options, write_scenes
 
     root = tmp_path_factory.mktemp("scenes")
     for name in ("ade20k", "coco"):

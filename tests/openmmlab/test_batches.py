@@ -10,7 +10,7 @@ import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader
 
-from mambavision.openmmlab.batches import Showing, Showings, exact_loader
+from mambavision.openmmlab.training.batches import Showing, Showings, exact_loader
 
 
 class Noise:

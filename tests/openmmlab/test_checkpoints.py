@@ -16,7 +16,7 @@ from mmengine.visualization import LocalVisBackend
 
 import mambavision
 from mambavision.errors import CheckpointError, OutputError
-from mambavision.openmmlab.hooks import SafeCheckpointHook
+from mambavision.openmmlab.training.hooks import SafeCheckpointHook
 
 
 def test_logs_and_settings_of_a_training_are_read(tmp_path):

@@ -15,7 +15,7 @@ pytest.importorskip("mmdet")
 
 from mmengine.config import Config
 
-from mambavision.openmmlab.coco import check_datasets
+from mambavision.openmmlab.data.coco import check_datasets
 
 CLASSES = ("cat", "dog", "kite")
 

@@ -15,9 +15,9 @@ from mmengine.runner.checkpoint import save_checkpoint
 
 from crashes import count_points, killed_after, killed_at
 from mambavision.openmmlab import run
-from mambavision.openmmlab.hooks import SafeCheckpointHook
-from mambavision.preemption import RECORD, begin, finish, mark
-from mambavision.resume import STARTED
+from mambavision.openmmlab.training.hooks import SafeCheckpointHook
+from mambavision.running.newest import STARTED
+from mambavision.running.record import RECORD, begin, finish, mark_preempted
 
 _EPOCHS = 4
 OPTIMIZER = {"state": {}, "param_groups": []}
@@ -107,7 +107,7 @@ def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
     begin(tmp_path, "", is_new=True)
     checkpoint(tmp_path / "iter_4.pth", iter=4)
     checkpoint(tmp_path / "iter_8.pth", iter=8)
-    mark(tmp_path)
+    mark_preempted(tmp_path)
 
     def found(resume=None):
         path, content = to_resume(tmp_path, resume)
@@ -134,7 +134,7 @@ def test_what_a_preempted_run_left_goes_first(tmp_path, caplog):
 def test_other_checkpoints_of_the_folder_are_not_taken_for_the_preempted_run(tmp_path):
     checkpoint(tmp_path / "epoch_12.pth", start=1.0, epoch=12)
     begin(tmp_path, "", is_new=True)
-    mark(tmp_path)
+    mark_preempted(tmp_path)
     assert to_resume(tmp_path) is None
     checkpoint(tmp_path / "epoch_2.pth", epoch=2)
     assert to_resume(tmp_path)[0].endswith("epoch_2.pth")
@@ -146,7 +146,7 @@ def test_run_that_started_from_a_file_goes_on_from_its_own(tmp_path):
     work_dir.mkdir()
     assert to_resume(work_dir, str(tmp_path / "old.pth"))[1]["meta"]["epoch"] == 3
     begin(work_dir, str(tmp_path / "old.pth"), is_new=True)
-    mark(work_dir)
+    mark_preempted(work_dir)
     assert to_resume(work_dir, str(tmp_path / "old.pth"))[1]["meta"]["epoch"] == 3  # nothing of its own yet
     checkpoint(work_dir / "recovery.pth", epoch=5)
     assert to_resume(work_dir, str(tmp_path / "old.pth"))[1]["meta"]["epoch"] == 5

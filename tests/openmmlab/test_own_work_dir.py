@@ -8,8 +8,8 @@ from test_preempted_runs import TASKS, data  # noqa: F401
 
 from conftest import ROOT
 from mambavision.errors import IO_FAILURE, USAGE
-from mambavision.locking import LOCK, FolderLock
-from mambavision.openmmlab.hooks import OwnFolderHook
+from mambavision.openmmlab.training.hooks import OwnFolderHook
+from mambavision.running.folder_lock import LOCK, FolderLock
 
 
 @pytest.fixture

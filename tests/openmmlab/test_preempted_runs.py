@@ -11,7 +11,7 @@ from ranks import run_ranks
 from conftest import ROOT
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, IO_FAILURE, PREEMPTED
-from mambavision.preemption import RECORD
+from mambavision.running.record import RECORD
 
 TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "small_preempted_detector.py"}
 
@@ -19,7 +19,7 @@ TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detect
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Seven pictures to train on and three held out, in the formats of both tasks."""
-    from mambavision.openmmlab.scenes import Options, write_scenes
+    from scenes import Options, write_scenes
 
     options = Options(train=7, val=3, side=64, digit_sides=(28, 36), most=2)
     root = tmp_path_factory.mktemp("scenes")

@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from mambavision.errors import OutputError
-from mambavision.openmmlab.scenes import CLASSES, Options, scan_numbers, scenes, write_scenes
+from scenes import CLASSES, Options, scan_numbers, scenes, write_scenes
 
 OPTIONS = Options(train=6, val=3)
 

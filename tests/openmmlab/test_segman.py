@@ -14,7 +14,7 @@ import mambavision
 from conftest import ROOT, SMALL
 from mambavision.errors import CheckpointError, UserError
 from mambavision.openmmlab import RegisteredBackbone, SegMANEncoder_s, SegMANEncoder_t
-from mambavision.openmmlab.backbones import BackboneArgumentError
+from mambavision.openmmlab.backbones.features import BackboneArgumentError
 from mambavision.openmmlab.config import explained, load_config
 from mambavision.openmmlab.segman_decoder import SegMANDecoder
 from parity import DATA, condition_, fill_, image

@@ -9,9 +9,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 
 from conftest import ROOT, load_program
-from mambavision.launch import Process
 from mambavision.openmmlab.config import fit_to_machine, load_config
-from mambavision.openmmlab.run import options_of_training
+from mambavision.openmmlab.training.run import options_of_training
+from mambavision.running.process import Process
 
 CONFIGS = ROOT / "semantic_segmentation" / "configs" / "segman"
 WIDTHS = {

@@ -48,7 +48,7 @@ def train_in(work_dir, monkeypatch, *words, config=CONFIG):
 @pytest.fixture(scope="session")
 def ade_scenes(tmp_path_factory):
     """Six pictures of digits to train on and two held out, in ADE20K's format."""
-    from mambavision.openmmlab.scenes import Options, write_scenes
+    from scenes import Options, write_scenes
 
     root = tmp_path_factory.mktemp("scenes") / "ade20k"
     write_scenes(root, "ade20k", Options(train=6, val=2, side=64, digit_sides=(28, 36), most=2))
@@ -261,7 +261,7 @@ def test_video(predict, ade_scenes, tmp_path):
 
 def test_legend_names_the_classes_that_are_there(monkeypatch):
     load_tool("predict", monkeypatch)
-    from overlay import Overlay
+    from mambavision.openmmlab.prediction.overlay import Overlay
 
     palette = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     overlay = Overlay(["left", "absent", "a name that is much too long for one line of a legend"], palette, 1.0)

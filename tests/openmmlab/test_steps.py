@@ -7,11 +7,11 @@ import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 
-from mambavision.errors import UserError
-from mambavision.finite import FiniteGuard, NonFiniteError
-from mambavision.launch import Process
-from mambavision.openmmlab.steps import GuardedSteps
-from mambavision.preemption import StopSignals
+from mambavision.errors import NonFiniteError, UserError
+from mambavision.openmmlab.training.guarded_steps import GuardedSteps
+from mambavision.running.finite import FiniteGuard
+from mambavision.running.process import Process
+from mambavision.running.signals import StopSignals
 
 
 @pytest.fixture

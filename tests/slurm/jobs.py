@@ -17,7 +17,7 @@ from cluster import Cluster
 from conftest import ROOT, SETTING, identical, weights
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, PREEMPTED
-from mambavision.preemption import RECORD
+from mambavision.running.record import RECORD
 
 _SECONDS = 300  # for a job to come to something, on a busy machine
 
@@ -164,7 +164,7 @@ def test_openmmlab(task, job, scenes, tmp_path):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """The variables that name pictures of digits in the formats of detection and segmentation."""
-    from mambavision.openmmlab.scenes import Options, write_scenes
+    from scenes import Options, write_scenes
 
     root = tmp_path_factory.mktemp("scenes")
     for name in ("ade20k", "coco"):

@@ -1,0 +1,27 @@
+"""The demo: a small Mask R-CNN on the CPU finds and outlines handwritten digits on photographs.
+
+Digits and photographs are scikit-learn's; see `scenes`. If the demo of classification has been
+run, the backbone starts from what it learned there, with the same scans held out.
+"""
+
+from pathlib import Path
+
+from scene_demo import Demo, Score
+from scenes import Options
+
+DEMO = Demo(
+    title="Mask R-CNN on digits",
+    task=Path(__file__).resolve().parent,
+    config="configs/mamba_vision/mask_rcnn_mamba_vision_digits.py",
+    layout="coco",
+    held_out="val",
+    scenes=Options(train=2000),
+    scores=(
+        Score("box AP", "coco/bbox_mAP", 100, 65.0),
+        Score("box AP50", "coco/bbox_mAP_50", 100, 95.0),
+        Score("mask AP", "coco/segm_mAP", 100, 65.0),
+    ),
+)
+
+if __name__ == "__main__":
+    DEMO.main("demo-detection")
