@@ -46,9 +46,9 @@ def test_sizes_and_operations_are_what_is_counted():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_weights_are_linked_with_their_licence(page):
+def test_weights_are_linked_with_their_license(page):
     """Each to where the code downloads them from, or else to their authors."""
-    licences = {"NVIDIA, non-commercial": "non-commercial", "MIT": "MIT", "the authors' terms": "of the authors"}
+    licenses = {"NVIDIA, non-commercial": "non-commercial", "MIT": "MIT", "the authors' terms": "of the authors"}
     for name, cells in models(page).items():
         config = get_pretrained_cfg(name)
         if cells[-2] == "not released":
@@ -57,4 +57,4 @@ def test_weights_are_linked_with_their_licence(page):
         link = re.fullmatch(r"\[[^]]+\]\((.+)\)", cells[-2])[1]
         address = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url or config.origin_url
         assert link == address, name
-        assert licences[cells[-1]] in config.license, name
+        assert licenses[cells[-1]] in config.license, name
