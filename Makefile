@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG ?= configs/mambavision/mambavision_digits.yaml
 SEGMENTATION_CONFIG ?= configs/mamba_vision/upernet_mamba_vision_digits.py
 
-.PHONY: help env demo demo-detection demo-segmentation test test-long test-slurm soak bench bench-gpu lint format clean
+.PHONY: help env demo demo-detection demo-segmentation test test-long test-slurm soak bench bench-gpu lint format docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 19
@@ -52,6 +52,9 @@ lint: $(READY)  ## Check style and formatting
 format: $(READY)  ## Repair style and formatting where it can be done automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)  ## Build the documentation into output/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## Remove the environment and caches; what programs wrote to output/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

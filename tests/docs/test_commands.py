@@ -1,4 +1,4 @@
-"""The README's commands and Python lines: cheap ones are run, the others are parsed by the programs' own parsers."""
+"""Commands and Python blocks of the documentation: cheap ones are run, the others parsed by the programs' parsers."""
 
 import os
 import re
@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from timm.models import get_pretrained_cfg
 
 import mambavision
 from conftest import ROOT, load_program
@@ -21,22 +19,22 @@ from engine.options import (
     train_options,
     validate_options,
 )
-from mambavision.complexity import complexity
+from pages import PAGES, blocks
 
-README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = list(dict.fromkeys(block for page in PAGES for block in blocks(page, "python")))
 
 
 def commands():
-    """Return every command with the folder that it is to be run in."""
-    folder, found = ".", []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
-        for line in block.splitlines():
+    """Return every command with the folder in which it is run; each page begins at the root."""
+    found = {}
+    for page in PAGES:
+        folder = "."
+        for line in "".join(blocks(page, "bash")).splitlines():
             if line.startswith("cd "):
                 folder = line.removeprefix("cd ")
-            found.append((folder, line))
-    return found
+            found[folder, line] = None
+    return list(found)
 
 
 CLASSIFICATION = {
@@ -52,7 +50,7 @@ CLASSIFICATION = {
 
 
 def parse_openmmlab(folder, program, words):
-    """Parse the words of a command with its program's own parser, and build what its config says."""
+    """Parse the words of a command with its program's own parser, and build its config."""
     from mambavision.openmmlab.config import load_config
     from mambavision.openmmlab.training.run import options_of_test, options_of_training
 
@@ -83,13 +81,16 @@ def test_command(folder, command, monkeypatch, tmp_path):
         assert (ROOT / folder / program).is_file()
     elif "tools/" in program:
         parse_openmmlab(folder, program, words[start + 1 :])
-    elif words[:3] == ["python", "demo.py", "--config"]:
-        assert Path(words[3]).is_file()
     elif words[0] == "make":
         command = ["make", "--dry-run", "VENV=" + str(tmp_path), *words[1:]]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    elif words == ["pip", "install", "pre-commit"]:
+        assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif words[:2] == ["pip", "install"]:
-        assert (ROOT / words[-1]).is_file()
+        target = ROOT / words[-1]
+        assert target.is_file() or (target / "pyproject.toml").is_file()
+    elif words in (["pre-commit", "install"], ["mkdocs", "serve"]):
+        pass  # of other projects
     elif words[0] == "source":
         assert words[1:] == [re.search(r"^VENV \?= (.*)$", MAKEFILE, re.MULTILINE)[1] + "/bin/activate"]
     elif words[0] == "cd":
@@ -105,29 +106,3 @@ def test_command(folder, command, monkeypatch, tmp_path):
 def test_python_lines(lines, tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env=environment, check=True)
-
-
-def test_table_of_models_is_what_the_command_counts():
-    """GMACs, and for VMamba the operations as its authors count them."""
-    rows = re.findall(r"^\| (\w+)(?: \([^)]+\))? \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
-    without_accuracy = {"segman_encoder_l2"}
-    assert {name for name, *_ in rows} == set(mambavision.list_models()) - without_accuracy
-    for name, size, params, operations in rows:
-        with torch.device("meta"):
-            model = mambavision.create_model(name)
-        assert model.pretrained_cfg["input_size"][-1] == int(size)
-        counts = complexity(model, model.pretrained_cfg["input_size"])
-        counted = counts.gflops_vmamba if "vmamba" in name else counts.gmacs
-        assert (f"{counts.params / 1e6:.1f}", f"{counted:.2f}") == (params, operations), name
-
-
-def test_links_to_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-def test_weights_are_linked_with_their_licence():
-    for name in mambavision.list_models("mamba_vision*"):
-        config = get_pretrained_cfg(name)
-        assert f"(https://huggingface.co/{config.hf_hub_id})" in README
-        assert "non-commercial" in config.license
