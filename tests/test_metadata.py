@@ -8,8 +8,8 @@ import torch
 
 import mambavision
 from conftest import SMALL
-from engine.predict import predict
 from engine.options import predict_options, validate_options
+from engine.predict import predict
 from engine.validate import validate
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, NonFiniteError

@@ -12,12 +12,12 @@ from PIL import Image, ImageFont
 import mambavision
 from conftest import ROOT, SMALL
 from engine import contact_sheet
-from engine.predict import find_images, predict
 from engine.acceleration import compile_options
-from engine.options import predict_options, throughput_options, train_options, validate_options
 from engine.classifier import open_classifier
-from engine.validate import jobs, validate
+from engine.options import predict_options, throughput_options, train_options, validate_options
+from engine.predict import find_images, predict
 from engine.throughput import compare
+from engine.validate import jobs, validate
 from mambavision.errors import CheckpointError, DataError, OutputError, UserError
 
 CLASSES = ["digit 0", "digit 1", "digit 2"]

@@ -6,17 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+import scene_demo as shared
 from PIL import Image
 
 from conftest import ROOT, load_program
-from mambavision.openmmlab import demo as shared
 
-TASKS = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}
+TASKS = {"detection": "demo-detection", "segmentation": "demo-segmentation"}
 
 
 @pytest.fixture(params=TASKS)
 def task(request):
-    return load_program(f"{request.param}/demo.py").DEMO
+    return load_program(f"assets/demo/{request.param}.py").DEMO
 
 
 @pytest.fixture

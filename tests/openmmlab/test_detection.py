@@ -10,20 +10,17 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, identical, load_program
+from conftest import ROOT, identical
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, OutputError, UserError
-from mambavision.openmmlab import run
 from mambavision.openmmlab.config import load_config
+from mambavision.openmmlab.training.detection import DETECTION
+from mambavision.openmmlab.training.options import TestOptions, TrainOptions
+from mambavision.openmmlab.training.test import test as run_test
+from mambavision.openmmlab.training.train import train as run_train
 
 TOOLS = ROOT / "object_detection" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"
-
-
-def load_tool(name, monkeypatch):
-    """Import a program as it is when it is run: with its folder on the path."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return load_program(f"object_detection/tools/{name}.py")
 
 
 def forget_last_run():
@@ -35,12 +32,11 @@ def forget_last_run():
 
 @pytest.fixture
 def train(detector_config, monkeypatch, tmp_path):
-    tool = load_tool("train", monkeypatch)
 
     def start(*words, config=detector_config, work_dir=tmp_path / "run"):
-        args = run.options_of_training([str(config), "--work-dir", str(work_dir), *map(str, words)])
+        args = TrainOptions.parse([str(config), "--work-dir", str(work_dir), *map(str, words)])
         forget_last_run()
-        run.train(args, tool.check_datasets)
+        run_train(args, DETECTION)
         return work_dir
 
     return start
@@ -48,13 +44,12 @@ def train(detector_config, monkeypatch, tmp_path):
 
 @pytest.fixture
 def score(detector_config, monkeypatch, tmp_path):
-    tool = load_tool("test", monkeypatch)
 
     def start(checkpoint, *words, config=detector_config):
         work_dir = tmp_path / "scores"
-        args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
+        args = TestOptions.parse([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
         forget_last_run()
-        run.test(args, tool.check_test_data, tool.adapt)
+        run_test(args, DETECTION)
         (metrics,) = work_dir.glob("*/*.json")
         shutil.move(metrics, tmp_path / "metrics.json")
         shutil.rmtree(work_dir)
@@ -68,11 +63,10 @@ def trained(coco_scenes, tmp_path_factory):
     """The folder of a finished training of two epochs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SCENES_ROOT", str(coco_scenes))
-        tool = load_tool("train", monkeypatch)
         work_dir = tmp_path_factory.mktemp("trained")
         words = [str(CONFIG), "--work-dir", str(work_dir), "--cfg-options", "model.backbone.depth=50"]
         forget_last_run()
-        run.train(run.options_of_training(words), tool.check_datasets)
+        run_train(TrainOptions.parse(words), DETECTION)
     return work_dir
 
 
@@ -156,7 +150,6 @@ def test_augmented_scores_have_boxes_and_masks(score, trained):
 
 
 def test_augmentation_merges_views(monkeypatch):
-    load_tool("test", monkeypatch)
     from instance_tta import InstanceTTAModel
     from mmdet.structures import DetDataSample
     from mmengine.config import ConfigDict

@@ -221,8 +221,10 @@ def test_every_config_is_tested():
 
 
 def test_command_that_counts(capsys):
+    from mambavision.openmmlab.complexity import count
+
     tool = load_program("semantic_segmentation/tools/flops.py")
-    tool.count(tool.options(["--config", str(CONFIGS / "segman_t_ade.py"), "--shape", "512", "512"]))
+    count(**vars(tool.options(["--config", str(CONFIGS / "segman_t_ade.py"), "--shape", "512", "512"])))
     lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
     assert (lines["params"], lines["params decode_head"]) == ("6,397,260", "4,115,926")
     assert float(lines["GMACs"]) == pytest.approx(6.2, rel=0.05)  # published, with norms and interpolations

@@ -14,20 +14,18 @@ from PIL import Image
 from conftest import ROOT, identical, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
-from mambavision.openmmlab import run
 from mambavision.openmmlab.config import load_config
+from mambavision.openmmlab.data.segmentation import check
+from mambavision.openmmlab.prediction.segmentation import segment
+from mambavision.openmmlab.training.options import TestOptions, TrainOptions
+from mambavision.openmmlab.training.segmentation import SEGMENTATION
+from mambavision.openmmlab.training.test import test as run_test
+from mambavision.openmmlab.training.train import train as run_train
 
 TOOLS = ROOT / "semantic_segmentation" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_segmenter.py"
 SEGMAN = ROOT / "tests" / "openmmlab" / "small_segman.py"
 SLIDE = ("model.test_cfg.mode=slide", "model.test_cfg.crop_size=(48,48)", "model.test_cfg.stride=(32,32)")
-
-
-def load_tool(name, monkeypatch):
-    """Import a program as it is when it is run: with its folder on the path."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    sys.modules.pop("check_data", None)  # the other task's programs have a module of the same name
-    return load_program(f"semantic_segmentation/tools/{name}.py")
 
 
 def forget_visualizer():
@@ -39,9 +37,8 @@ def forget_visualizer():
 
 def train_in(work_dir, monkeypatch, *words, config=CONFIG):
     forget_visualizer()
-    tool = load_tool("train", monkeypatch)
-    args = run.options_of_training([str(config), "--work-dir", str(work_dir), *map(str, words)])
-    run.train(args, tool.prepare)
+    args = TrainOptions.parse([str(config), "--work-dir", str(work_dir), *map(str, words)])
+    run_train(args, SEGMENTATION)
     return work_dir
 
 
@@ -77,13 +74,12 @@ def train(monkeypatch, tmp_path):
 
 @pytest.fixture
 def score(monkeypatch, tmp_path):
-    tool = load_tool("test", monkeypatch)
 
     def start(checkpoint, *words, config=CONFIG):
         forget_visualizer()
         work_dir = tmp_path / "scores"
-        args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
-        run.test(args, tool.check, tool.adapt)
+        args = TestOptions.parse([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
+        run_test(args, SEGMENTATION)
         (metrics,) = work_dir.glob("*/*.json")
         content = json.loads(metrics.read_text())
         metrics.unlink()
@@ -94,11 +90,11 @@ def score(monkeypatch, tmp_path):
 
 @pytest.fixture
 def predict(monkeypatch, trained, tmp_path):
-    tool = load_tool("predict", monkeypatch)
+    tool = load_program("semantic_segmentation/tools/predict.py")
     weights = ["--config", str(CONFIG), "--checkpoint", str(trained / "iter_4.pth"), "--device", "cpu"]
 
     def start(*words):
-        tool.predict(tool.options([*map(str, words), "--out", str(tmp_path / "out"), *weights]))
+        segment(**vars(tool.options([*map(str, words), "--out", str(tmp_path / "out"), *weights])))
         return tmp_path / "out"
 
     return start
@@ -260,7 +256,6 @@ def test_video(predict, ade_scenes, tmp_path):
 
 
 def test_legend_names_the_classes_that_are_there(monkeypatch):
-    load_tool("predict", monkeypatch)
     from mambavision.openmmlab.prediction.overlay import Overlay
 
     palette = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
@@ -324,11 +319,10 @@ def test_wrong_mask_is_named_when_it_is_loaded(train, scenes, case, monkeypatch)
     for path in (scenes / "annotations" / "training").iterdir():
         spoil(path, change)
     monkeypatch.setitem(sys.modules, "check_data", None)
-    tool = load_tool("train", monkeypatch)
     monkeypatch.setattr(tool, "check_datasets", lambda config: None)
-    args = run.options_of_training([str(CONFIG), "--work-dir", str(scenes / "run")])
+    args = TrainOptions.parse([str(CONFIG), "--work-dir", str(scenes / "run")])
     with pytest.raises(DataError, match=rf"\.png: {sentence}"):
-        run.train(args, tool.prepare)
+        run_train(args, SEGMENTATION)
 
 
 def test_missing_mask_and_missing_data(train, scenes):
@@ -363,12 +357,12 @@ def test_wrong_options(score, trained):
 
 
 def test_command_that_checks_data(scenes, monkeypatch, capsys):
-    tool = load_tool("check_data", monkeypatch)
-    tool.check(tool.options([str(CONFIG)]))
+    tool = load_program("semantic_segmentation/tools/check_data.py")
+    check(**vars(tool.options([str(CONFIG)])))
     assert capsys.readouterr().out.count("good") == 2
     spoil(scenes / "annotations" / "validation" / "00001.png", with_label(99))
     with pytest.raises(DataError, match=r"1 problem\(s\) with the data, the first: .*00001\.png: .* label 99"):
-        tool.check(tool.options([str(CONFIG), "--full"]))
+        check(**vars(tool.options([str(CONFIG), "--full"])))
 
 
 LAYOUTS = {
@@ -395,12 +389,12 @@ def test_layouts_of_other_data_sets(name, tmp_path, monkeypatch):
             path.parent.mkdir(parents=True)
             Image.new(mode, (6, 4), 0).save(path)
     monkeypatch.setenv(variable, str(tmp_path))
-    tool = load_tool("check_data", monkeypatch)
+    tool = load_program("semantic_segmentation/tools/check_data.py")
     config = ROOT / "semantic_segmentation" / "configs" / "mamba_vision" / f"mamba_vision_160k_{name}_tiny.py"
-    tool.check(tool.options([str(config)]))
+    check(**vars(tool.options([str(config)])))
     shutil.rmtree((tmp_path / files[1].format(splits[0])).parent)
     with pytest.raises(DataError, match=r"no such (mask|folder)") as raised:
-        tool.check(tool.options([str(config)]))
+        check(**vars(tool.options([str(config)])))
     for converter in re.findall(r"python (\S+)", str(raised.value)):
         assert Path(converter).is_file()
     assert ("dataset_converters" in str(raised.value)) == (name != "own-data-512x512")
@@ -408,7 +402,6 @@ def test_layouts_of_other_data_sets(name, tmp_path, monkeypatch):
 
 def test_masks_without_any_class(monkeypatch):
     """The losses of both heads are 0, and finite with their gradients."""
-    load_tool("train", monkeypatch)
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import init_default_scope
     from mmengine.structures import PixelData

@@ -15,8 +15,8 @@ from mambavision.errors import CheckpointError
 from mambavision.models import VMamba
 from mambavision.openmmlab import MM_VSSM
 from mambavision.openmmlab.backbones.features import BackboneArgumentError
-from mambavision.openmmlab.config import load_config
 from mambavision.openmmlab.backbones.vssm import scan_arguments, vmamba_arguments
+from mambavision.openmmlab.config import load_config
 from parity import fill_, image, recorded
 
 SIZE = {"dims": 16, "depths": (1, 1, 2, 1)}
