@@ -39,7 +39,7 @@ def _not_available(name: str) -> Callable:
     def refuse(*args, **kwargs):
         raise NotImplementedError(
             f"mmcv's operator {name} is not available: mmcv-lite has no compiled operators, and torchvision replaces "
-            "for nms and roi_align only; use a model that does not need it, or install a compiled mmcv 2.1.0."
+            "nms and roi_align only; use a model that does not need it, or install a compiled mmcv 2.1.0."
         )
 
     return refuse

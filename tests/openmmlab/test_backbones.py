@@ -210,7 +210,8 @@ def test_released_weights_are_taken_by_name(monkeypatch):
     released = fill_(mambavision.create_model("mamba_vision_T", **SIZE))
     calls = []
     monkeypatch.setattr(
-        "mambavision.openmmlab.backbones.features.create_model", lambda *args, **kwargs: calls.append((args, kwargs)) or released
+        "mambavision.openmmlab.backbones.features.create_model",
+        lambda *args, **kwargs: calls.append((args, kwargs)) or released,
     )
     backbone = MM_mamba_vision(**SIZE, pretrained="mamba_vision_T")
     assert not calls  # only training needs them

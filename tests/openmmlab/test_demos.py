@@ -11,10 +11,10 @@ from PIL import Image
 
 from conftest import ROOT, load_program
 
-TASKS = {"detection": "demo-detection", "segmentation": "demo-segmentation"}
+NAMES = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=["detection", "segmentation"])
 def task(request):
     return load_program(f"assets/demo/{request.param}.py").DEMO
 
@@ -60,10 +60,10 @@ def run(task, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), *options])
         monkeypatch.chdir(ROOT)
         if completes:
-            task.main(TASKS[task.task.name])
+            task.main(NAMES[task.task.name])
         else:
             with pytest.raises(SystemExit):
-                task.main(TASKS[task.task.name])
+                task.main(NAMES[task.task.name])
         return commands
 
     return start

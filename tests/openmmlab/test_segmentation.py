@@ -1,9 +1,9 @@
 """Training, resuming, scoring and predicting with a small segmentation model, and everything that can be wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +170,7 @@ def test_resuming_with_other_batches_is_told(train, trained, tmp_path):
     words = ("train_dataloader.sampler.type=DefaultSampler", "train_cfg._delete_=True", "train_cfg.by_epoch=False")
     work_dir = train("--resume", "--cfg-options", *words, "train_cfg.max_iters=4", "train_cfg.val_interval=9")
     (log,) = work_dir.glob("*/*.log")
-    assert "is of a run with 8 processes instead of 1, 16 images instead of 2 for a step" in log.read_text()
+    assert "belongs to a run with 8 processes instead of 1, 16 images instead of 2 per step" in log.read_text()
     assert [iteration for iteration, _ in losses(work_dir)] == [3, 4]
     content = read_checkpoint(work_dir / "iter_4.pth")
     assert content["message_hub"]["runtime_info"]["position"] == {**position, "batch": 18, "images": 2, "processes": 1}
@@ -181,7 +181,7 @@ def test_single_images_become_pairs_in_one_process(train, score, config):
     work_dir = train("--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_iters=1", config=config)
     assert len(losses(work_dir)) == 1
     (log,) = work_dir.glob("*/*.log")
-    assert "batches of 2 images in all, and the learning rate is meant for 16: set train_data" in log.read_text()
+    assert "the global batch has 2 images, but the learning rate is for 16: set train_data" in log.read_text()
     assert 0 <= score(work_dir / "iter_1.pth", config=config)["mIoU"] <= 100
 
 
@@ -313,16 +313,15 @@ def test_wrong_mask_is_found_before_training(train, scenes, case):
 
 
 @pytest.mark.parametrize("case", ["unknown label", "size"])
-def test_wrong_mask_is_named_when_it_is_loaded(train, scenes, case, monkeypatch):
+def test_wrong_mask_is_named_when_it_is_loaded(scenes, case):
     """Only a sample is examined before."""
     change, sentence = WRONG_MASKS[case]
     for path in (scenes / "annotations" / "training").iterdir():
         spoil(path, change)
-    monkeypatch.setitem(sys.modules, "check_data", None)
-    monkeypatch.setattr(tool, "check_datasets", lambda config: None)
     args = TrainOptions.parse([str(CONFIG), "--work-dir", str(scenes / "run")])
+    task = dataclasses.replace(SEGMENTATION, check_training_data=lambda config: None)
     with pytest.raises(DataError, match=rf"\.png: {sentence}"):
-        run_train(args, SEGMENTATION)
+        run_train(args, task)
 
 
 def test_missing_mask_and_missing_data(train, scenes):
@@ -337,12 +336,12 @@ def test_missing_mask_and_missing_data(train, scenes):
 
 
 def test_other_number_of_classes(train, score, trained, tmp_path):
-    with pytest.raises(DataError, match=r"the data have 11 classes, and the model 5 \(num_classes\)"):
+    with pytest.raises(DataError, match=r"the data have 11 classes, but the model has 5 \(num_classes\)"):
         train("--cfg-options", "model.decode_head.num_classes=5")
     checkpoint = read_checkpoint(trained / "iter_2.pth")
     checkpoint["meta"]["dataset_meta"]["classes"] = tuple("0123456789")
     save_checkpoint(checkpoint, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"was trained for 10 classes, and the data have 11; .*'0' there"):
+    with pytest.raises(CheckpointError, match=r"was trained for 10 classes, but the data have 11; .*'0' there"):
         score(tmp_path / "other.pth")
     del checkpoint["meta"]
     checkpoint["state_dict"]["decode_head.conv_seg.bias"] = torch.zeros(10)
