@@ -1,4 +1,4 @@
-"""Building a model from its registry entry: timm's builder, with download failures said in one sentence."""
+"""Building a model from its registry entry: timm's builder, with one sentence for download failures."""
 
 from typing import Any
 from urllib.error import URLError
@@ -13,17 +13,17 @@ from mambavision.errors import CheckpointError
 def build(model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `model_class` for a registered variant, with features through ``forward_intermediates``.
 
-    Released weights come from the Hugging Face hub through its cache, or from an address through that of torch.hub.
-    Both are safe for many processes at once: a file takes its name there when it is complete.
+    Released weights are downloaded from the Hugging Face hub, or from an address, into the cache of the hub or of
+    torch.hub. Both caches are safe for many processes at once: a file gets its name when it is complete.
 
     Raises:
-        CheckpointError: `pretrained` weights cannot be downloaded, or nobody offers them for download.
+        CheckpointError: The `pretrained` weights cannot be downloaded, or are not available for download.
     """
     config = get_pretrained_cfg(variant)
     if pretrained and not config.has_weights:
         raise CheckpointError(
-            f"{variant}: the authors' weights ({config.notes[0]}) have no address to download them from. Get the file "
-            f"through {config.origin_url} and pass it as checkpoint_path= (--checkpoint, --initial-checkpoint)."
+            f"{variant}: the authors' weights ({config.notes[0]}) are not available for download; get the file "
+            f"from {config.origin_url} and pass it as checkpoint_path."
         )
     try:
         return build_model_with_cfg(
@@ -37,14 +37,13 @@ def build(model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs
         wanted, cache = _origin(config)
         reason = getattr(error, "reason", type(error).__name__)
         raise CheckpointError(
-            f"{variant}: the released weights could not be downloaded ({reason}). Get {wanted} on a machine with "
-            "network and pass it as checkpoint_path= (--checkpoint, --initial-checkpoint), or copy that machine's "
-            f"{cache} here."
+            f"{variant}: the released weights could not be downloaded ({reason}). Download {wanted} on a machine "
+            f"with network access and pass it as checkpoint_path, or copy that machine's {cache} here."
         ) from error
 
 
 def _origin(config: PretrainedCfg) -> tuple[str, str]:
-    """Return the address of released weights, and the cache that they are downloaded to."""
+    """Return the address of the released weights, and the cache for their download."""
     if config.url:
         return config.url, "cache of torch.hub (TORCH_HOME)"
     address = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{config.hf_hub_filename}"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 Activation = Literal["silu", "gelu", "relu", "sigmoid"]
 
@@ -27,9 +28,9 @@ def check_choice(name: str, value: object, literal: object) -> None:
 
 
 def checkpoint(module: nn.Module, *args: Any) -> Tensor:
-    """Call a module whose activations are computed again in the backward pass instead of being kept.
+    """Call a module and recompute its activations in the backward pass instead of storing them.
 
-    Batch norms take note of their statistics the first time only.
+    Batch norms update their statistics in the first pass only.
     """
     return timm.models.checkpoint(
         module, *args, context_fn=lambda: (contextlib.nullcontext(), _without_statistics(module))
@@ -50,11 +51,11 @@ def _without_statistics(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
-# Modules of maps with the channels last, (batch, height, width, channels) -> the same with other channels.
+# Modules for channels-last maps, (batch, height, width, channels) -> (batch, height, width, other channels).
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Convolution of each channel by itself, which keeps height and width."""
+    """Depthwise convolution that preserves height and width."""
 
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
@@ -74,6 +75,39 @@ class PointwiseConv(nn.Linear):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
+class InnerLinear(nn.Linear):
+    """Linear layer inside a fused operation, which uses its weights directly unless something observes the layer.
+
+    Attributes:
+        is_observed: True once a hook has been registered, even if it was removed since.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_observed = False
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self.is_observed = True
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self.is_observed = True
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self.is_observed = True
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self.is_observed = True
+        return super().register_full_backward_hook(*args, **kwargs)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Return True if a layer is an `InnerLinear` without hooks, not replaced by an adapter or a quantised layer."""
+    return type(layer) is InnerLinear and not layer.is_observed
+
+
 @torch.no_grad()
 def init_dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
     """Initialise the bias of a scan's step size as Mamba does: softplus(bias) log-uniform in [dt_min, dt_max]."""
@@ -82,10 +116,10 @@ def init_dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_fl
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
-    """Cut a map into square windows of tokens, row by row.
+    """Partition a map into square windows of tokens, row by row.
 
     Args:
-        x: (batch, channels, height, width), height and width multiples of `window`.
+        x: (batch, channels, height, width), height and width divisible by `window`.
 
     Returns:
         (batch x windows, window x window, channels)

@@ -17,7 +17,14 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambavision.models.build import build
-from mambavision.models.layers import check_choice, init_dt_bias_, window_partition, window_reverse
+from mambavision.models.layers import (
+    InnerLinear,
+    check_choice,
+    init_dt_bias_,
+    is_plain,
+    window_partition,
+    window_reverse,
+)
 from mambavision.models.staged import Stage, StagedModel, init_linear
 from vision_kernels.mamba_mixer import compose_mixer, mamba_mixer
 
@@ -75,10 +82,10 @@ class ConvBlock(nn.Module):
 
 
 class MambaVisionMixer(nn.Module):
-    """Mamba mixer with two branches of dim / 2 channels: one is scanned, the other passes beside the scan.
+    """Mamba mixer with two branches of dim / 2 channels, one of which is scanned.
 
-    Differs from Mamba in that the convolutions look both ways and the branches are concatenated, not multiplied. The
-    bias of `dt_proj` enters the step size twice, softplus(W dt + 2 bias), because the released weights were trained so.
+    Unlike in Mamba, the convolutions are not causal, and the branches are concatenated instead of multiplied. The bias
+    of `dt_proj` enters the step size twice, softplus(W dt + 2 bias), because the released weights were trained so.
     """
 
     def __init__(self, dim: int, d_state: int = 8, d_conv: int = 3) -> None:
@@ -87,8 +94,8 @@ class MambaVisionMixer(nn.Module):
         self.dt_rank = math.ceil(dim / 16)
         self.d_state = d_state
         self.in_proj = nn.Linear(dim, dim, bias=False)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.x_proj = InnerLinear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = InnerLinear(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(dim, dim, bias=False)
@@ -102,23 +109,17 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch x windows, tokens, dim) -> same shape."""
-        # The branches stay side by side, (..., x | z), and both convolutions are one.
+        # Both branches stay in one tensor, (..., x | z), and both convolutions are one.
         weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]).squeeze(1)
         xz = self.in_proj(x)
-        # float32 whatever the model's dtype, float64 included, as in the original
+        # Always in float32, even for float64 models, as in the original.
         A, D, delta_bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_proj.bias.float()
-        if _is_its_weights(self.x_proj) and _is_its_weights(self.dt_proj):
+        if is_plain(self.x_proj) and is_plain(self.dt_proj):
             weights = (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias)
             yz = mamba_mixer(xz, weight, *weights, A, D, delta_bias)
         else:
             yz = compose_mixer(xz, weight, self.x_proj, self.dt_proj, A, D, delta_bias)
         return self.out_proj(yz)
-
-
-def _is_its_weights(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but what its weights say: no adapter or quantisation in its place, no hook."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not hooks
 
 
 class TokenBlock(nn.Module):
@@ -173,7 +174,7 @@ class Level(Stage):
         height, width = x.shape[-2:]
         pad_bottom, pad_right = -height % self.window, -width % self.window
         if pad_bottom or pad_right:
-            # The original neither masks nor marks the padding: it takes part in scan and attention.
+            # The original does not mask the padding, which takes part in scan and attention.
             x = F.pad(x, (0, pad_right, 0, pad_bottom))
         padded_height, padded_width = height + pad_bottom, width + pad_right
         windows_per_image = (padded_height // self.window) * (padded_width // self.window)
@@ -184,16 +185,16 @@ class Level(Stage):
 class MambaVision(StagedModel):
     """MambaVision classifier and backbone.
 
-    The defaults of the last three arguments are what the published results were trained with, where that differs from
-    what the original's code declares; inference is the same either way.
+    The defaults of the last three arguments reproduce the training of the published weights, which differs from what
+    the original code declares; inference does not depend on them.
 
     Args:
         dim: Width of the first stage; it doubles with each stage.
         in_dim: Width inside the stem.
         depths: Blocks of each stage.
-        window_size: Side of the token windows of each stage; the first two are not used.
-        num_heads: Attention heads of each stage; the first two are not used.
-        mlp_ratio: Hidden width of the MLPs over their input width.
+        window_size: Side of the token windows of each stage; not used in the first two.
+        num_heads: Attention heads of each stage; not used in the first two.
+        mlp_ratio: Hidden width of the MLPs relative to their input width.
         in_chans: Channels of the images.
         num_classes: Classes; 0 gives pooled features instead of logits.
         global_pool: timm's pooling types: avg, max, avgmax, catavgmax, or an empty string for none.
@@ -204,17 +205,16 @@ class MambaVision(StagedModel):
         drop_path_rate: Stochastic depth of the last block; rises linearly from 0.
         layer_scale: Initial scale of the branches of token blocks; None for no scale.
         layer_scale_conv: The same for convolution blocks.
-        dt_init: Initial step size of the scan. "published": small random weight and zero bias, which is what the
-            original ends up with because its general initialisation overwrites the special one. "mamba": the special
-            one, as in Mamba.
-        decay_A_log: Let weight decay pull at A_log. The original marks A_log as exempt, but no optimizer reads the
-            mark. False exempts it through `no_weight_decay`.
+        dt_init: Initial step size of the scan. "published": small random weight and zero bias, the effective
+            initialisation of the original, whose general initialisation overwrites the special one. "mamba": the
+            special one, as in Mamba.
+        decay_A_log: Apply weight decay to A_log. The original marks A_log as exempt, but no optimizer reads the mark.
+            False exempts it through `no_weight_decay`.
         drop_path_per_image: Stochastic depth drops whole images, as usual, instead of single windows.
     """
 
     stages_name = "levels"
     norm_names = ("norm",)
-    head_name = "head"
 
     def __init__(
         self,
@@ -287,6 +287,29 @@ class MambaVision(StagedModel):
             for module in self.modules():
                 if isinstance(module, MambaVisionMixer):
                     module.init_dt()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
+        x = self.patch_embed(x)
+        for level in self.levels:
+            x = level.downsample(level(x))
+        return self.norm(x)
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        return self.levels
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def _set_classifier(self, head: nn.Module) -> None:
+        self.head = head
+
+    def _remove_norm(self) -> None:
+        self.norm = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the optimizer should not decay beyond biases and other vectors."""

@@ -1,7 +1,7 @@
 """SegMAN's encoder: scans and neighbourhood attention in one mixer (Fu et al. 2024, https://arxiv.org/abs/2412.11890).
 
-Four stages at strides 4, 8, 16 and 32. In the first three, every block attends to the neighbourhood of each pixel and
-scans what comes out; in the last one, attention to the neighbourhood is followed by attention to the whole map.
+Four stages at strides 4, 8, 16 and 32. In the first three, every block applies neighbourhood attention followed by a
+scan; in the last one, neighbourhood attention is followed by global attention.
 
 Parameter names and numbers are those of the released checkpoints.
 """
@@ -23,13 +23,13 @@ from mambavision.models.staged import AFTER_BLOCKS, Stage, StagedModel
 from vision_kernels import neighborhood_attention
 
 NORM_EPS = 1e-6
-_REFERENCE_SIZE = 224  # of the images whose positions the global bias was trained for
+_REFERENCE_SIZE = 224  # image size for which the global bias was trained
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding of two axes (Su et al. 2021, https://arxiv.org/abs/2104.09864), with attention's scale.
+    """Rotary position embedding on two axes (Su et al. 2021, https://arxiv.org/abs/2104.09864), with attention's scale.
 
-    The first half of a head's channels turns with the row, the second with the column. The frequencies are part of
+    The first half of a head's channels is rotated by the row, the second by the column. The frequencies are part of
     checkpoints.
     """
 
@@ -52,7 +52,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels: (a, b) becomes (a cos - b sin, b cos + a sin).
+    """Rotate pairs of channels: (a, b) becomes (a cos - b sin, b cos + a sin).
 
     Args:
         x: (..., head_dim).
@@ -64,13 +64,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TokenMixer(nn.Module):
-    """Attention to the neighbourhood, then a scan, or attention to the whole map.
+    """Neighbourhood attention, followed by a scan or by global attention.
 
     Args:
         dim: Channels.
         heads: Heads of attention.
-        window: Side of the neighbourhood. On maps that are smaller, the largest odd one that fits.
-        is_global: Attend to the whole map instead of scanning it.
+        window: Side of the neighbourhood; on smaller maps, the largest odd number that fits.
+        is_global: Use global attention instead of a scan.
     """
 
     def __init__(self, dim: int, heads: int, window: int, is_global: bool) -> None:
@@ -105,7 +105,7 @@ class TokenMixer(nn.Module):
         else:
             y = _merge_heads(attended)
             conv, batch_norm = self.dwconv
-            # A plain batch norm, between permutations, because programs replace those by synchronised ones.
+            # A plain batch norm between permutations, so that programs can replace it by a synchronised one.
             entering = batch_norm(conv(y).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             y = y + self.norm(self.ssm(F.silu(entering)))
         return self.proj(y + local_bias)
@@ -120,11 +120,11 @@ class TokenMixer(nn.Module):
         return neighborhood_attention(query, key, value, window, bias=bias)
 
     def _attend_globally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `_attend_locally`. The values are what the local attention gave."""
+        """As `_attend_locally`; the values are the result of the local attention."""
         tokens = [each.flatten(2, 3) for each in (query, key, value)]
         bias, length = self.rpb[1], tokens[0].shape[2]
         if bias.shape[-1] != length:
-            # The original resizes the matrix of all pairs like a picture, and its weights were trained with that.
+            # The original resizes the matrix of all pairs like an image, and its weights were trained that way.
             bias = F.interpolate(bias[None].float(), (length, length), mode="bicubic")[0].to(bias.dtype)
         mask = bias.to(query.dtype).expand(query.shape[0], -1, -1, -1)
         return F.scaled_dot_product_attention(*tokens, attn_mask=mask, scale=1.0).unflatten(2, query.shape[2:4])
@@ -136,7 +136,7 @@ def _merge_heads(x: Tensor) -> Tensor:
 
 
 class ConvMlp(nn.Module):
-    """MLP with a residual depthwise convolution of its hidden layer."""
+    """MLP with a residual depthwise convolution on its hidden layer."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class ConvMlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A scale and a shift of each channel, stored as those of a convolution."""
+    """Scale and shift per channel, stored like the parameters of a convolution."""
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
@@ -162,12 +162,12 @@ class LayerScale(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-norm residual block of a mixer and an MLP, each behind a convolution that tells positions apart.
+    """Pre-norm residual block of a mixer and an MLP, each after a convolution that encodes positions.
 
     Args:
-        mixer: Called with the normalised map and whatever else `forward` gets.
-        hidden: Width inside the MLP.
-        drop_path: Stochastic depth.
+        mixer: Called with the normalised map and the further arguments of `forward`.
+        hidden: Hidden width of the MLP.
+        drop_path: Stochastic depth rate.
         layer_scale: Initial scale of the branches; None for no scale.
     """
 
@@ -194,7 +194,7 @@ class ResidualBlock(nn.Module):
 
 
 class SegMANStage(Stage):
-    """Blocks with the channels last, and the position embedding that they share."""
+    """Channels-last blocks and their shared position embedding."""
 
     def __init__(self, blocks: list[nn.Module], head_dim: int) -> None:
         super().__init__(blocks)
@@ -213,8 +213,8 @@ class SegMANEncoder(StagedModel):
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
         window_size: Side of the neighbourhood of each stage.
-        mlp_ratios: Hidden width of the MLPs over their input width, of each stage.
-        projection: Width of the layer in front of the classifier.
+        mlp_ratios: Hidden width of the MLPs of each stage relative to their input width.
+        projection: Width of the layer before the classifier.
         layer_scale: Initial scale of the branches; None for no scale.
         drop_path_rate: Stochastic depth of the last block; rises linearly from 0.
         in_chans: Channels of the images.
@@ -224,7 +224,6 @@ class SegMANEncoder(StagedModel):
 
     stages_name = "layers"
     norm_names = ("classifier.0", "classifier.1", "classifier.2")
-    head_name = "classifier.4"
 
     def __init__(
         self,
@@ -245,7 +244,7 @@ class SegMANEncoder(StagedModel):
         self.num_features = projection
         self.patch_embed = _stem(in_chans, embed_dims[0])
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.layers = nn.ModuleList()  # stages and what leads from each to the next, by turns
+        self.layers = nn.ModuleList()  # stages and downsamplings alternate
         self.feature_info = []
         last = len(depths) - 1
         for stage, (dim, heads, ratio) in enumerate(zip(embed_dims, num_heads, mlp_ratios, strict=True)):
@@ -258,8 +257,13 @@ class SegMANEncoder(StagedModel):
             self.layers.append(SegMANStage(blocks, dim // heads))
             self.layers.append(_downsample(dim, embed_dims[stage + 1]) if stage < last else nn.Identity())
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**stage, "module": f"layers.{2 * stage}"})
-        self.classifier = nn.ModuleDict(
-            {"0": nn.Conv2d(embed_dims[-1], projection, 1), "1": nn.BatchNorm2d(projection), "2": nn.SiLU()}
+        # Projection, norm, activation, and the classifier at the index that it has in checkpoints.
+        self.classifier = nn.Sequential(
+            nn.Conv2d(embed_dims[-1], projection, 1),
+            nn.BatchNorm2d(projection),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Identity(),
         )
         self._create_head(num_classes, global_pool)
         for module in self.modules():
@@ -268,16 +272,40 @@ class SegMANEncoder(StagedModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
+        x = self.patch_embed(x)
+        for layer in self.layers:  # stages and downsamplings alternate
+            x = layer(x)
+        return self.final_norm(x)
+
     @property
-    def stages(self) -> Sequence[Stage]:
+    def stages(self) -> nn.ModuleList:
         return self.layers[0::2]
 
     def downsample(self, index: int) -> nn.Module:
         return self.layers[2 * index + 1]
 
+    def final_norm(self, x: Tensor) -> Tensor:
+        projection, norm, activation, *_ = self.classifier
+        return activation(norm(projection(x)))
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier[4]
+
+    def _set_classifier(self, head: nn.Module) -> None:
+        if isinstance(head, nn.Linear):
+            weight = head.weight
+            head = PointwiseConv(head.in_features, head.out_features, device=weight.device, dtype=weight.dtype)
+        self.classifier[4] = head
+
+    def _remove_norm(self) -> None:
+        for index in range(3):
+            self.classifier[index] = nn.Identity()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         matcher = super().group_matcher(coarse)
-        if coarse:  # what leads on from a stage belongs to it
+        if coarse:  # the downsampling after a stage belongs to it
             pairs = range(0, len(self.layers), 2)
             matcher["blocks"] = [(rf"^layers\.(?:{index}|{index + 1})\.", (index,)) for index in pairs]
         else:
@@ -286,16 +314,6 @@ class SegMANEncoder(StagedModel):
 
     def _cut(self, last: int) -> None:
         self.layers = self.layers[: 2 * last + 1].append(nn.Identity())
-
-    def _create_head(self, num_classes: int, global_pool: str) -> None:
-        super()._create_head(num_classes, global_pool)
-        head = self.get_classifier()
-        if isinstance(head, nn.Linear):
-            weight = head.weight
-            self._put(
-                self.head_name,
-                PointwiseConv(head.in_features, head.out_features, device=weight.device, dtype=weight.dtype),
-            )
 
 
 def _stem(in_chans: int, dim: int) -> nn.Sequential:
@@ -321,7 +339,7 @@ def _downsample(dim: int, out_dim: int) -> nn.Sequential:
 
 def _cfg(release: str, crop_pct: float) -> dict[str, Any]:
     return {
-        # The authors share the file without an address from which a program could fetch it.
+        # The authors share the file without an address for automatic downloads.
         "notes": (release,),
         "origin_url": "https://github.com/yunxiangfu2001/SegMAN",
         "license": "of the authors: see https://github.com/yunxiangfu2001/SegMAN",

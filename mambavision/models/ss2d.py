@@ -1,6 +1,6 @@
-"""Selective scans of a map along four routes, with their parameters (Liu et al. 2024, https://arxiv.org/abs/2401.10166).
+"""Selective scans of a map along four routes, and their parameters (Liu et al. 2024, https://arxiv.org/abs/2401.10166).
 
-`SS2D` is VMamba's token mixer, `VSSM` the bare scan that SegMAN has inside its own.
+`SS2D` is VMamba's token mixer, `VSSM` the bare scan inside SegMAN's mixer.
 """
 
 import math
@@ -26,11 +26,11 @@ class FourRoutes(nn.Module):
     """The parameters of selective scans along four routes.
 
     Args:
-        inner: Channels that are scanned.
-        d_state: States for each of them.
-        dt_rank: Rank of the projection that gives the step size.
-        x_proj_shape: In which `x_proj_weight` is stored, (4, dt_rank + 2 d_state, inner) being its content.
-        init: "mamba": state matrix 1, 2, ..., log-uniform step sizes; "normal" and "uniform": random numbers of these
+        inner: Scanned channels.
+        d_state: States per channel.
+        dt_rank: Rank of the step size projection.
+        x_proj_shape: Shape in which `x_proj_weight`, (4, dt_rank + 2 d_state, inner), is stored.
+        init: "mamba": state matrix 1, 2, ..., log-uniform step sizes; "normal" and "uniform": random numbers from these
             distributions (VMamba's v1 and v2).
     """
 
@@ -52,7 +52,7 @@ class FourRoutes(nn.Module):
         """Initialise the parameters of the scan."""
         check_choice("init", init, ScanInit)
         inner = self.dt_projs_bias.shape[1]
-        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # as a linear layer for each route
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # like a linear layer for each route
         nn.init.ones_(self.Ds)
         if init == "mamba":
             self.A_logs.copy_(torch.arange(1.0, self.d_state + 1).log().expand_as(self.A_logs))
@@ -68,7 +68,7 @@ class FourRoutes(nn.Module):
             self.dt_projs_bias.uniform_(0, 0.1)
 
     def scan(self, x: Tensor, routes: str = "cross") -> Tensor:
-        """(batch, inner, height, width) -> same shape, in float32 unless the whole model is of another precision."""
+        """(batch, inner, height, width) -> same shape, in float32 unless the whole model has another precision."""
         x_proj_weight = self.x_proj_weight.view(4, -1, x.shape[1])
         out_dtype = torch.promote_types(x.dtype, self.Ds.dtype)
         projections = x_proj_weight, self.dt_projs_weight, self.dt_projs_bias
@@ -84,7 +84,7 @@ class VSSM(FourRoutes):
     """The scan by itself, as SegMAN uses it.
 
     Args:
-        dim: Channels of the map, all of which are scanned, with one state each.
+        dim: Channels of the map; all are scanned, with one state each.
     """
 
     def __init__(self, dim: int) -> None:
@@ -92,7 +92,7 @@ class VSSM(FourRoutes):
         super().__init__(dim, 1, dt_rank, (4 * (dt_rank + 2), dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, height, width, dim) -> same shape, in float32 unless the whole model is of another precision."""
+        """(batch, height, width, dim) -> same shape, in float32 unless the whole model has another precision."""
         return self.scan(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -101,23 +101,23 @@ class SS2D(FourRoutes):
 
     Args:
         dim: Channels of the map.
-        d_state: States of the scan for each channel.
-        ratio: Channels that are scanned over `dim`.
+        d_state: States per channel.
+        ratio: Scanned channels relative to `dim`.
         dt_rank: Rank of the step size's projection; "auto" for dim / 16, rounded up.
-        act_layer: Activation in front of the scan.
-        conv_size: Side of the depthwise convolution in front of the activation; below 2 for none.
-        conv_bias: Bias in that convolution.
-        gate: Multiply the result with a second projection of the input, as Mamba does.
-        gate_act: Pass that projection through the activation.
+        act_layer: Activation before the scan.
+        conv_size: Kernel size of the depthwise convolution before the activation; below 2 for none.
+        conv_bias: Use a bias in that convolution.
+        gate: Multiply the result by a second projection of the input, as in Mamba.
+        gate_act: Apply the activation to that projection.
         routes: "cross": rows and columns, forwards and backwards; "unidirectional": four times by rows;
             "bidirectional": twice by rows forwards, twice backwards; "cascade": rows one by one, forwards and
-            backwards, then columns the same way. The cascade adds the backward scan to the forward one without
-            turning it round again, as the original does.
-        out_norm: What follows the scan: "layer" norm, a "depthwise" 3x3 convolution or both, "softmax" over the
+            backwards, then columns the same way. As in the original, the cascade
+            adds the backward scan to the forward one without reversing it again.
+        out_norm: Normalisation after the scan: "layer" norm, a "depthwise" 3x3 convolution or both, "softmax" over the
             positions of each channel, "sigmoid", or "none".
-        out_act: GELU behind that.
-        drop: Dropout of the output.
-        init: Of the scan's parameters, see `FourRoutes`.
+        out_act: Apply GELU after that.
+        drop: Dropout rate of the output.
+        init: Initialisation of the scan's parameters, see `FourRoutes`.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class SS2D(FourRoutes):
         return self.drop(self.out_proj(y))
 
     def _cascade(self, x: Tensor) -> Tensor:
-        """Scan the rows, then the columns of what came out. (batch, inner, height, width) -> same shape."""
+        """Scan the rows, then the columns of the result. (batch, inner, height, width) -> same shape."""
         by_rows = self._scan_lines(x.permute(0, 2, 3, 1), slice(0, 2))
         return self._scan_lines(by_rows.transpose(1, 2).to(x.dtype), slice(2, 4)).permute(0, 3, 2, 1)
 
@@ -211,7 +211,7 @@ def _out_norm(kind: OutNorm, dim: int) -> nn.Module:
     check_choice("out_norm", kind, OutNorm)
     layer_norm = partial(LayerNorm2d, dim, eps=NORM_EPS)
     depthwise = partial(nn.Conv2d, dim, dim, 3, padding=1, groups=dim, bias=False)
-    # The places of layers without parameters keep the names of the others as in checkpoints.
+    # Identities keep the indices of the other layers as in checkpoints.
     return {
         "layer": layer_norm,
         "depthwise": lambda: nn.Sequential(nn.Identity(), depthwise()),

@@ -1,8 +1,7 @@
-"""What a classifier and backbone of several stages can do, whatever its checkpoints call its parts."""
+"""timm's interface for classifiers and backbones in stages, whatever their checkpoints call the parts."""
 
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import create_classifier, trunc_normal_
@@ -16,7 +15,7 @@ AFTER_BLOCKS = (99999,)  # timm's mark for parameters that belong to the group b
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution; `downsample`, where a stage owns that, leads on to the next stage."""
+    """Blocks at one resolution, and the downsampling to the next stage if the stage owns it."""
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
         super().__init__()
@@ -25,7 +24,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def run_blocks(self, x: Tensor, *args: Any) -> Tensor:
-        """Pass x through the blocks; `args` go to each of them."""
+        """Apply the blocks; `args` are passed to each of them."""
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, *args)
@@ -39,47 +38,66 @@ class Stage(nn.Module):
 
 
 class StagedModel(nn.Module):
-    """A stem, stages, a final norm, pooling and a linear classifier, with timm's interface to them.
+    """A stem, stages, a final norm, pooling and a linear classifier.
 
-    A subclass builds the parts under the names of its checkpoints and says what these are; it calls `_create_head` with
-    the options of the classifier, and `init_linear` where it initialises its weights. Between the parts maps are
-    (batch, width, H, W), in any memory format.
+    A subclass builds the parts under the names of its checkpoints, implements `forward_features` and the methods that
+    raise NotImplementedError here, and calls `_create_head` with the options of the classifier. Maps between the parts
+    are (batch, width, H, W), in any memory format.
+
+    Attributes:
+        stages_name, norm_names: Names of these parts, for parameter groups.
+        patch_embed: The stem.
+        num_features: Width of the map that is pooled.
+        feature_info: timm's description of each stage.
     """
 
-    stem_name = "patch_embed"
     stages_name: str
-    norm_names: tuple[str, ...]  # applied one after the other
-    head_name: str
+    norm_names: tuple[str, ...]
 
+    patch_embed: nn.Module
     num_classes: int
-    num_features: int  # width of the map that is pooled
-    feature_info: list[dict[str, Any]]  # timm's description of each stage
+    num_features: int
+    feature_info: list[dict[str, Any]]
 
     @property
-    def stages(self) -> Sequence[Stage]:
-        return self.get_submodule(self.stages_name)
+    def stages(self) -> nn.ModuleList:
+        """The stages in order."""
+        raise NotImplementedError
 
     def downsample(self, index: int) -> nn.Module:
-        """Return what leads from a stage to the next; behind the last one it changes nothing."""
+        """Return the downsampling after a stage; an identity after the last one."""
         return self.stages[index].downsample
-
-    def _cut(self, last: int) -> None:
-        """Remove what comes after a stage."""
-        self._put(self.stages_name, self.stages[: last + 1])
-        self.stages[last].downsample = nn.Identity()
 
     def final_norm(self, x: Tensor) -> Tensor:
         """Apply the layers between the last stage and the pooling."""
-        for name in self.norm_names:
-            x = self.get_submodule(name)(x)
-        return x
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier: a linear layer, or an identity."""
+        raise NotImplementedError
+
+    def _set_classifier(self, head: nn.Module) -> None:
+        raise NotImplementedError
+
+    def _remove_norm(self) -> None:
+        """Replace the layers between the last stage and the pooling by identities."""
+        raise NotImplementedError
+
+    def _cut(self, last: int) -> None:
+        """Remove everything after a stage."""
+        setattr(self, self.stages_name, self.stages[: last + 1])
+        self.stages[last].downsample = nn.Identity()
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, H, W) -> the map that enters the first stage."""
-        return self.get_submodule(self.stem_name)(x)
+        """(batch, in_chans, H, W) -> the input of the first stage."""
+        return self.patch_embed(x)
 
     def load_pretrained(self, path: str | os.PathLike) -> LoadReport:
-        """Load a released file; timm calls this with what it downloaded."""
+        """Load a released file; timm calls this with the file that it has downloaded."""
         return load_pretrained(self, path)
 
     def no_weight_decay(self) -> set[str]:
@@ -87,28 +105,25 @@ class StagedModel(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups in the order of depth, for layer-wise learning rates."""
+        """Return timm's parameter groups by depth, for layer-wise learning rates."""
         fine = [
             (rf"^{self.stages_name}\.(\d+)\.blocks\.(\d+)", None),
             (rf"^{self.stages_name}\.(\d+)\.downsample", AFTER_BLOCKS),
             *((rf"^{re.escape(name)}\.", AFTER_BLOCKS) for name in self.norm_names),
         ]
-        return {"stem": rf"^{self.stem_name}", "blocks": rf"^{self.stages_name}\.(\d+)" if coarse else fine}
+        return {"stem": r"^patch_embed", "blocks": rf"^{self.stages_name}\.(\d+)" if coarse else fine}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations of the blocks in the backward pass instead of keeping them."""
+        """Recompute activations of the blocks in the backward pass instead of storing them."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.get_submodule(self.head_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; `num_classes` 0 removes it.
 
         Args:
             num_classes: Classes of the new one.
-            global_pool: Pooling type; None keeps the present one, or is avg if there is none and a classifier needs it.
+            global_pool: Pooling type; None keeps the current one, or avg if there is none and a classifier needs it.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
@@ -123,13 +138,8 @@ class StagedModel(nn.Module):
         self.global_pool, head = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype
         )
-        self._put(self.head_name, head)
+        self._set_classifier(head)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def _put(self, name: str, module: nn.Module) -> None:
-        """Make a module the part of this name, new or not."""
-        parent, _, leaf = name.rpartition(".")
-        self.get_submodule(parent).add_module(leaf, module)
 
     def forward_intermediates(
         self,
@@ -140,13 +150,13 @@ class StagedModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return features of the stages, each before its downsampling.
+        """Return the features of stages, each before its downsampling.
 
         Args:
             x: (batch, in_chans, H, W) images.
             indices: Stages to return: the last n, a list, or None for all.
             norm: Apply the final normalisation to the last stage's features.
-            stop_early: Do not run stages behind the last one asked for.
+            stop_early: Do not run stages after the last requested one.
             output_fmt: NCHW or NHWC.
             intermediates_only: Return the features only.
 
@@ -174,25 +184,17 @@ class StagedModel(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the stage features `indices` do not need."""
+        """Remove all layers that the features of the stages `indices` do not need."""
         take, last = feature_take_indices(len(self.stages), indices)
         if last < len(self.stages) - 1:
             prune_norm = prune_head = True  # both are sized for the last stage
         self._cut(last)
         if prune_norm:
             self.num_features = self.feature_info[last]["num_chs"]
-            for name in self.norm_names:
-                self._put(name, nn.Identity())
+            self._remove_norm()
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
-        x = self.forward_stem(x)
-        for index, stage in enumerate(self.stages):
-            x = self.downsample(index)(stage(x))
-        return self.final_norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(batch, num_features, H/32, W/32) -> (batch, num_features) if `pre_logits`, else (batch, num_classes)."""
@@ -204,7 +206,7 @@ class StagedModel(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialise a linear layer as the originals do; other modules keep what they have."""
+    """Initialise a linear layer as in the original code; leave other modules unchanged."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -30,14 +30,14 @@ Downsample = Literal["conv3x3", "conv2x2", "merge"]
 _layer_norm_2d = partial(LayerNorm2d, eps=NORM_EPS)
 
 
-# By name: of blocks and merging, and between them.
+# Norms for channels-last and channels-first maps, by name.
 _NORMS = {"layer": (partial(nn.LayerNorm, eps=NORM_EPS), _layer_norm_2d), "batch": (nn.BatchNorm2d, nn.BatchNorm2d)}
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a norm to (batch, height, width, channels).
 
-    Batch norms are torch's own, with the channels first: programs replace them by ones that are synchronised.
+    Batch norms are torch's own, on channels-first maps, so that programs can replace them by synchronised ones.
     """
     return norm(x) if isinstance(norm, nn.LayerNorm) else norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -58,7 +58,7 @@ class PatchMerging(nn.Module):
 
 
 class VSSBlock(nn.Module):
-    """Pre-norm residual block of a mixer and an MLP, either of which may be absent."""
+    """Pre-norm residual block of a mixer and an MLP, both optional."""
 
     def __init__(
         self, dim: int, norm: type[nn.Module], mixer: nn.Module | None, mlp: nn.Module | None, drop_path: float
@@ -80,11 +80,20 @@ class VSSBlock(nn.Module):
 
 
 class VSSStage(Stage):
-    """A stage of VSS blocks, which have the channels last."""
+    """A stage of VSS blocks, which work on channels-last maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim, H, W) -> same shape."""
         return self.run_blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Classifier(nn.Module):
+    """Holder of the final norm and the classifier, which checkpoints keep under one name."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.head: nn.Module = nn.Identity()
 
 
 class VMamba(StagedModel):
@@ -94,19 +103,19 @@ class VMamba(StagedModel):
         dims: Width of the first stage, doubling with each stage; or the widths of all.
         depths: Blocks of each stage.
         ssm_d_state: States of the scan for each channel.
-        ssm_ratio: Channels that are scanned over those of the block; 0 for blocks without a mixer.
+        ssm_ratio: Scanned channels relative to those of the block; 0 for blocks without a mixer.
         ssm_dt_rank: Rank of the step size's projection; "auto" for a sixteenth of the width, rounded up.
-        ssm_act_layer: Activation in front of the scan.
-        ssm_conv: Side of the depthwise convolution in front of the scan; below 2 for none.
-        ssm_conv_bias: Bias in that convolution.
-        ssm_drop_rate: Dropout behind the mixer.
+        ssm_act_layer: Activation before the scan.
+        ssm_conv: Kernel size of the depthwise convolution before the scan; below 2 for none.
+        ssm_conv_bias: Use a bias in that convolution.
+        ssm_drop_rate: Dropout rate after the mixer.
         ssm_init: Initial parameters of the scan, see `SS2D`.
-        routes: Routes of the scan, see `SS2D`; so are the next four.
-        gate: Multiply what was scanned with a second projection.
-        gate_act: Activation of that projection.
-        out_norm: Normalisation behind the scan.
-        out_act: GELU behind that.
-        mlp_ratio: Hidden width of the MLPs over their input width; 0 for blocks without an MLP.
+        routes: Routes of the scan, see `SS2D` for this and the next four arguments.
+        gate: Multiply the result of the scan by a second projection.
+        gate_act: Apply the activation to that projection.
+        out_norm: Normalisation after the scan.
+        out_act: Apply GELU after that.
+        mlp_ratio: Hidden width of the MLPs relative to their input width; 0 for blocks without an MLP.
         mlp_act_layer: Activation of the MLPs.
         gmlp: MLPs with a gate.
         drop_rate: Dropout in the MLPs.
@@ -116,18 +125,17 @@ class VMamba(StagedModel):
         stem: "overlapping": two strided 3x3 convolutions; "patch": one whose stride is its size.
         downsample: Between the stages: a strided convolution, or "merge" of four pixels in a linear layer.
         patch_size: Stride of the stem.
-        pos_embed_size: Height and width of images whose positions are learned, (224, 224) for example; resized for
-            other images. None for no learned positions.
+        pos_embed_size: Image size of the learned position embedding, for example (224, 224); it is resized for other
+            images. None for no position embedding.
         in_chans: Channels of the images.
         num_classes: Classes; 0 gives pooled features instead of logits.
         global_pool: timm's pooling types: avg, max, avgmax, catavgmax, or an empty string for none.
-        decay_scan: Let weight decay pull at the scan's state matrices and step sizes. The original marks A_logs as
-            exempt, but no optimizer reads the mark. False exempts both through `no_weight_decay`.
+        decay_scan: Apply weight decay to the scan's state matrices and step sizes. The original marks A_logs as exempt,
+            but no optimizer reads the mark. False exempts both through `no_weight_decay`.
     """
 
     stages_name = "layers"
     norm_names = ("classifier.norm",)
-    head_name = "classifier.head"
 
     def __init__(
         self,
@@ -220,7 +228,7 @@ class VMamba(StagedModel):
             self.feature_info.append(
                 {"num_chs": width, "reduction": patch_size * 2**stage, "module": f"layers.{stage}"}
             )
-        self.classifier = nn.ModuleDict({"norm": norm_first(self.num_features)})
+        self.classifier = Classifier(norm_first(self.num_features))
         self._create_head(num_classes, global_pool)
         for module in self.modules():
             init_linear(module)
@@ -229,6 +237,29 @@ class VMamba(StagedModel):
         """(batch, in_chans, H, W) -> (batch, width, H/4, W/4), with the learned positions."""
         x = self.patch_embed(x)
         return x if self.pos_embed is None else x + _resized(self.pos_embed, x.shape[2:])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, num_features, H/32, W/32), normalised."""
+        x = self.forward_stem(x)
+        for stage in self.layers:
+            x = stage.downsample(stage(x))
+        return self.classifier.norm(x)
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        return self.layers
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.classifier.norm(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier.head
+
+    def _set_classifier(self, head: nn.Module) -> None:
+        self.classifier.head = head
+
+    def _remove_norm(self) -> None:
+        self.classifier.norm = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the optimizer should not decay beyond biases and other vectors."""
@@ -239,7 +270,7 @@ class VMamba(StagedModel):
         return {**super().group_matcher(coarse), "stem": r"^patch_embed|^pos_embed"}
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights under this model's names and in its shapes, from any layout the originals wrote."""
+        """Convert weights from any layout of the original code to this model's names and shapes."""
         own = self.state_dict()
         renamed = _RENAMED + (_RENAMED_MERGING if "layers.0.downsample.norm.weight" in own else [])
         converted = {}
@@ -256,7 +287,7 @@ def _patterns(renamed: dict[str, str]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in renamed.items()]
 
 
-# Earlier names, and those of the edition in one file.
+# Earlier names, and those of the single-file version.
 _RENAMED = _patterns(
     {
         r"^patch_embed\.proj\.": "patch_embed.0.",
@@ -269,7 +300,7 @@ _RENAMED = _patterns(
         r"\.op\.dt_projs\.weight$": ".op.dt_projs_weight",
     }
 )
-# In the edition in one file, the norm and the linear layer of merging have places instead of names.
+# In the single-file version, the norm and the linear layer of merging have indices instead of names.
 _RENAMED_MERGING = _patterns(
     {
         r"\.downsample\.1\.(weight|bias)$": r".downsample.norm.\1",
@@ -279,7 +310,7 @@ _RENAMED_MERGING = _patterns(
 
 
 def _fitted(key: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """Return a value in the model's shape, if the layouts differ only in how they write it."""
+    """Return a value in the model's shape, if the layouts differ only in notation."""
     if key == "pos_embed" and value.ndim == 4 and value.shape[1] == shape[1]:
         return _resized(value, shape[2:])
     is_convolution = value.ndim == 4 and len(shape) == 2  # 1x1, for a linear layer
@@ -300,7 +331,7 @@ def _mlp(dim: int, ratio: float, act_layer: Activation, gated: bool, drop: float
     return Mlp(dim, hidden, act_layer=act, drop=drop)
 
 
-# In stem and downsampling, the places of layers without parameters keep the names of the others as in checkpoints.
+# In stem and downsampling, identities keep the indices of the other layers as in checkpoints.
 
 
 def _stem(kind: Stem, in_chans: int, dim: int, stride: int, norm: type[nn.Module]) -> nn.Sequential:
@@ -324,7 +355,7 @@ def _downsample(
 
 def _cfg(release: str, filename: str, **kwargs: Any) -> dict[str, Any]:
     return {
-        # the releases of the authors' repository, whose names begin with a number sign
+        # releases of the authors' repository; their names begin with a number sign
         "url": f"https://github.com/MzeroMiko/VMamba/releases/download/%23{release}/{filename}",
         "custom_load": True,
         "license": "MIT, (c) 2024 MzeroMiko: see https://github.com/MzeroMiko/VMamba",
@@ -358,7 +389,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# Named after the ratio of scanned channels and the length of the third stage.
+# Named after the ratio of scanned channels and the depth of the third stage.
 _TINY_S1L8 = {
     "dims": 96,
     "depths": (2, 2, 8, 2),
@@ -389,37 +420,37 @@ _VANILLA_BASE = {**_VANILLA_SMALL, "dims": 128, "drop_path_rate": 0.6}
 
 @register_model
 def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Tiny, 30.2 M parameters; the one meant by VMamba-T."""
+    """Tiny, 30.2 M parameters; known as VMamba-T."""
     return build(VMamba, "vmamba_tiny_s1l8", pretrained, **{**_TINY_S1L8, **kwargs})
 
 
 @register_model
 def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Small with as many channels scanned as there are, 49.0 M parameters."""
+    """Small, scanning as many channels as the block has, 49.0 M parameters."""
     return build(VMamba, "vmamba_small_s1l20", pretrained, **{**_SMALL_S1L20, **kwargs})
 
 
 @register_model
 def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Base with as many channels scanned as there are, 86.6 M parameters."""
+    """Base, scanning as many channels as the block has, 86.6 M parameters."""
     return build(VMamba, "vmamba_base_s1l20", pretrained, **{**_BASE_S1L20, **kwargs})
 
 
 @register_model
 def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Tiny with twice as many channels scanned and fewer blocks, 30.7 M parameters."""
+    """Tiny, scanning twice as many channels with fewer blocks, 30.7 M parameters."""
     return build(VMamba, "vmamba_tiny_s2l5", pretrained, **{**_TINY_S2L5, **kwargs})
 
 
 @register_model
 def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Small, 50.1 M parameters; the one meant by VMamba-S."""
+    """Small, 50.1 M parameters; known as VMamba-S."""
     return build(VMamba, "vmamba_small_s2l15", pretrained, **{**_SMALL_S2L15, **kwargs})
 
 
 @register_model
 def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Base, 88.6 M parameters; the one meant by VMamba-B."""
+    """Base, 88.6 M parameters; known as VMamba-B."""
     return build(VMamba, "vmamba_base_s2l15", pretrained, **{**_BASE_S2L15, **kwargs})
 
 

@@ -187,8 +187,8 @@ def sort_arguments(
     if base is not None:
         ignored = (_INHERITED[base] | {"drop_path_rate"}).difference(survivors)
         _logger.warning(
-            "the config inherits a %s backbone without _delete_=True, like the original configs; as there, these arguments "
-            "have no effect: %s; %s",
+            "the config inherits a %s backbone without _delete_=True, like the original configs; as there, these "
+            "arguments have no effect: %s; %s",
             base,
             ", ".join(f"{key}={value}" for key, value in given.items() if key in ignored),
             consequence,
