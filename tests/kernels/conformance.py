@@ -46,7 +46,7 @@ def force(choice: str, monkeypatch, *operators: Operator) -> str:
 
 def _on_gpu(function):
     def computed_there(*arguments):
-        results = function(*(_moved(each) if isinstance(each, torch.Tensor) else each for each in arguments))
+        results = function(*map(_moved, arguments))
         if isinstance(results, torch.Tensor):
             return results.cpu()
         return tuple(None if each is None else each.cpu() for each in results)
@@ -54,10 +54,14 @@ def _on_gpu(function):
     return computed_there
 
 
-def _moved(tensor):
-    """With the same strides, which `.cuda()` would not keep of a part of a tensor."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _moved(argument):
+    """Move tensors, also those in a named tuple, with their strides: `.cuda()` does not preserve those of a slice."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_moved, argument))
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    storage = torch.empty(0, dtype=argument.dtype).set_(argument.untyped_storage()).cuda()
+    return storage.as_strided(argument.shape, argument.stride(), argument.storage_offset())
 
 
 def relative_rms(found, expected):
