@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vision_kernels.backends import Operator
+from vision_kernels.views import in_dtype
 
 _in_forward_mode: dict[str, Callable] = {}
 _SCHEMA_TYPES = {
@@ -83,7 +84,7 @@ def register(
         forward.prepare,
         forward.compute,
         forward.allocate,
-        lambda given: composition(given).to(forward.dtype(given)),
+        lambda given: in_dtype(composition(given), forward.dtype(given)),
         forward.apply_backward,
         forward.setup_context,
     )
@@ -121,7 +122,7 @@ class _Differentiable:
 
     def compute(self, given: Any) -> Tensor:
         y = self.operator.select(given[0].device.type, given).forward(given)
-        return y.to(self.dtype(given)).contiguous(memory_format=self.memory_format(given[0]))
+        return in_dtype(y, self.dtype(given)).contiguous(memory_format=self.memory_format(given[0]))
 
     def allocate(self, given: Any) -> Tensor:
         return torch.empty_like(given[0], dtype=self.dtype(given), memory_format=self.memory_format(given[0]))
@@ -136,7 +137,7 @@ class _Differentiable:
         assert backward is not None
         found = zip(given[: self.tensors], self._layouts(given), backward(grad, given), strict=True)
         return tuple(
-            given[0].new_empty(0) if each is None else each.to(tensor.dtype).contiguous(memory_format=layout)
+            given[0].new_empty(0) if each is None else in_dtype(each, tensor.dtype).contiguous(memory_format=layout)
             for tensor, layout, each in found
         )
 

@@ -31,6 +31,11 @@ def contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor; without the overhead of `tensor.to(dtype)` if it has the dtype already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def as_parameter(tensor: Tensor | None) -> Tensor | None:
     """Return an optional tensor as most kernels read parameters: in float32, contiguous."""
-    return None if tensor is None else tensor.float().contiguous()
+    return None if tensor is None else in_dtype(tensor, torch.float32).contiguous()

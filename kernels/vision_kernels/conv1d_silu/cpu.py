@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vision_kernels.conv1d_silu.arguments import ConvArguments
 from vision_kernels.native import Library
-from vision_kernels.views import contiguous_like
+from vision_kernels.views import contiguous_like, in_dtype
 
 _STEPS_PER_TASK = 32
 
@@ -21,7 +21,7 @@ def forward(library: Library, given: ConvArguments) -> Tensor:
 def backward(library: Library, grad_y: Tensor, given: ConvArguments) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight."""
     x, weight = _readable(given)
-    grad_y = _channels_adjacent(grad_y.to(x.dtype))
+    grad_y = _channels_adjacent(in_dtype(grad_y, x.dtype))
     grad_x, parts = contiguous_like(x), weight.new_empty(x.shape[0], _chunks(x), *weight.t().shape)
     library.call("conv1d_silu_backward", grad_y, x, weight, grad_x, parts, _chunks(x))
     return grad_x, parts.sum((0, 1)).t()
@@ -33,8 +33,9 @@ def _chunks(x: Tensor) -> int:
 
 
 def _readable(given: ConvArguments) -> tuple[Tensor, Tensor]:
-    x = given.x if given.x.dtype == torch.bfloat16 else given.x.float()
-    return _channels_adjacent(x), given.weight.float()
+    x, weight = given
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    return _channels_adjacent(in_dtype(x, dtype)), in_dtype(weight, torch.float32)
 
 
 def _channels_adjacent(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vision_kernels.conv1d_silu import conv1d_silu
 from vision_kernels.mamba_mixer.arguments import MixerArguments
 from vision_kernels.selective_scan import selective_scan
+from vision_kernels.views import in_dtype
 
 
 def mamba_mixer_composed(*arguments: Tensor) -> Tensor:
@@ -21,11 +22,7 @@ def mamba_mixer_composed(*arguments: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a layer whose parameters may have other dtypes than x, as in the fused kernel."""
-    return F.linear(x, _in_dtype(x.dtype, weight), None if bias is None else _in_dtype(x.dtype, bias))
-
-
-def _in_dtype(dtype: torch.dtype, parameter: Tensor) -> Tensor:
-    return parameter if parameter.dtype == dtype else parameter.to(dtype)  # no operation in graphs if it is the same
+    return F.linear(x, in_dtype(weight, x.dtype), None if bias is None else in_dtype(bias, x.dtype))
 
 
 def compose_mixer(

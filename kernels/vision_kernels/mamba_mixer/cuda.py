@@ -64,5 +64,5 @@ def forward(library: Library, given: MixerArguments) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor aligned for loads of four elements."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor

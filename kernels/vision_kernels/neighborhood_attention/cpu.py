@@ -8,7 +8,7 @@ from torch import Tensor
 from vision_kernels.native import Library
 from vision_kernels.neighborhood_attention.arguments import AttentionArguments, Gradients
 from vision_kernels.neighborhood_attention.dilation import backward_on_sub_grids, forward_on_sub_grids
-from vision_kernels.views import contiguous_like
+from vision_kernels.views import contiguous_like, in_dtype
 
 
 def forward(library: Library, given: AttentionArguments) -> Tensor:
@@ -24,7 +24,7 @@ def backward(library: Library, grad_out: Tensor, given: AttentionArguments) -> G
 def _readable(*maps: Tensor) -> tuple[Tensor, ...]:
     """Return maps of one dtype, bfloat16 or float32."""
     alike = all(each.dtype == torch.bfloat16 for each in maps)
-    return maps if alike else tuple(each.float() for each in maps)
+    return maps if alike else tuple(in_dtype(each, torch.float32) for each in maps)
 
 
 def _forward(library: Library, given: AttentionArguments) -> Tensor:

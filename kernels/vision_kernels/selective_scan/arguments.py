@@ -34,9 +34,10 @@ class ScanArguments(NamedTuple):
     out_dtype: torch.dtype
 
     def sizes(self) -> ScanSizes:
-        (batch, length, dim), groups = self.u.shape, self.B.shape[2]
-        if not self.channels_last:
-            dim, length, groups = length, dim, self.B.shape[1]
+        if self.channels_last:
+            (batch, length, dim), groups = self.u.shape, self.B.shape[2]
+        else:
+            (batch, dim, length), groups = self.u.shape, self.B.shape[1]
         return ScanSizes(batch, length, dim, groups, self.A.shape[1])
 
     def in_layout(self, *, channels_last: bool) -> "ScanArguments":

@@ -6,7 +6,7 @@ from torch import Tensor
 from vision_kernels.arguments import CPU_DTYPES
 from vision_kernels.native import Library
 from vision_kernels.selective_scan.arguments import Gradients, ScanArguments
-from vision_kernels.views import as_parameter, contiguous_like
+from vision_kernels.views import as_parameter, contiguous_like, in_dtype
 
 # The gradients of B and C of a small batch are split into this many tasks, so that all threads have work.
 _TASKS = 8
@@ -51,10 +51,10 @@ def _readable(given: ScanArguments) -> tuple:
     dtype = torch.bfloat16 if u.dtype == delta.dtype == torch.bfloat16 else torch.float32
     B, C = (_states_adjacent(each if channels_last else each.transpose(2, 3)) for each in (B, C))
     parameters = as_parameter(D), as_parameter(delta_bias)
-    return u.to(dtype), delta.to(dtype), as_parameter(A), B, C, *parameters, delta_softplus, channels_last
+    return in_dtype(u, dtype), in_dtype(delta, dtype), as_parameter(A), B, C, *parameters, delta_softplus, channels_last
 
 
 def _states_adjacent(tensor: Tensor) -> Tensor:
     """Return (..., state) in float32, without a copy if possible."""
-    tensor = tensor.float()
+    tensor = in_dtype(tensor, torch.float32)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()

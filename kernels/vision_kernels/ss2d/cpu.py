@@ -6,6 +6,7 @@ from torch import Tensor
 from vision_kernels.cross_scan import ROUTES
 from vision_kernels.native import Library
 from vision_kernels.ss2d.arguments import Ss2dArguments, empty_image
+from vision_kernels.views import as_parameter
 
 # The backward pass is divided into at most this many parts. Each accumulates its own gradients, which are then summed
 # in order: the result depends on the shape, but not on the number of threads.
@@ -20,10 +21,10 @@ def forward(library: Library, given: Ss2dArguments) -> Tensor:
     return y
 
 
-def _readable(given: Ss2dArguments) -> list[Tensor | int]:
+def _readable(given: Ss2dArguments) -> list[Tensor | int | None]:
     x, *others = given[:6]
-    parameters = [each.detach().float().contiguous() for each in others]
-    return [x.flatten(2), *parameters, *(route.step(x.shape[3]) for route in ROUTES[given.routes])]
+    steps = (route.step(x.shape[3]) for route in ROUTES[given.routes])
+    return [x.flatten(2), *map(as_parameter, others), *steps]
 
 
 def backward(library: Library, grad_y: Tensor, given: Ss2dArguments) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from vision_kernels.cross_scan import ROUTES
 from vision_kernels.cuda import Library, shared_bytes
 from vision_kernels.ss2d import arguments
 from vision_kernels.ss2d.arguments import Ss2dArguments
+from vision_kernels.views import as_parameter
 
 _TILE = 16  # kTile in csrc/cuda/ss2d.cuh: channels of a block
 _SEGMENTS = 8  # segments of a route for each warp
@@ -151,15 +152,14 @@ def _needs_padding(given: Ss2dArguments) -> bool:
     return given.x.shape[1] % 4 != 0 or given.dt_weight.shape[2] % 2 != 0
 
 
-def _readable(given: Ss2dArguments) -> list[Tensor | int]:
+def _readable(given: Ss2dArguments) -> list[Tensor | int | None]:
     x, projections = given.x, given.projections
     dtype = x.dtype if x.dtype == projections.dtype else torch.float32
-    projections = projections.detach().to(dtype).contiguous()
+    projections = projections.to(dtype).contiguous()
     if projections.data_ptr() % 8:  # two elements of float32 are loaded at once
         projections = projections.clone()
-    parameters = [each.detach().float().contiguous() for each in given[2:6]]
-    steps = [route.step(x.shape[3]) for route in ROUTES[given.routes]]
-    return [_pixels(x.detach().to(dtype)), projections, *parameters, *steps]
+    steps = (route.step(x.shape[3]) for route in ROUTES[given.routes])
+    return [_pixels(x.to(dtype)), projections, *map(as_parameter, given[2:6]), *steps]
 
 
 class _Shares(NamedTuple):
