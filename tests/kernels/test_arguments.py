@@ -13,7 +13,7 @@ from samples import SIZES, registered, sample, schema
 import conformance
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS
 
-_SCRIPT = Path(__file__).with_name("hostile_calls.py")
+_PROGRAM = Path(__file__).with_name("hostile_calls.py")
 _EXPORTED = [name for name in registered() if not name.endswith("_backward")]
 
 
@@ -21,12 +21,12 @@ def test_every_registered_operator_has_a_sample():
     assert set(_EXPORTED) == set(SIZES) == set(OPERATORS)
 
 
-@pytest.mark.parametrize("name", registered())
-def test_hostile_arguments_are_refused_without_a_crash(name):
+def test_hostile_arguments_are_refused_without_a_crash():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, _SCRIPT, name], capture_output=True, text=True, env=environment)
+    names = registered()
+    run = subprocess.run([sys.executable, _PROGRAM, *names], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, f"{run.stdout[-200:]} {run.stderr[-2000:]}"
-    assert "calls survived" in run.stdout
+    assert [line.split(":")[0] for line in run.stdout.splitlines() if line.endswith("calls survived")] == names
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.complex64, torch.float8_e4m3fn, torch.quint8])

@@ -86,15 +86,6 @@ def test_any_strides_no_leaks_and_empty_batches(backend, monkeypatch):
         assert cross_merge(sequences, *empty.shape[2:]).shape == empty.flatten(2).shape
 
 
-def test_not_a_number_stays_where_it_belongs(backend):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.zeros(1, 1, 17, 19, dtype=dtype)
-        x[0, 0, 3, 5] = torch.nan
-        y = cross_scan(x)
-        assert y.isnan().sum((1, 2, 3)).tolist() == [4]
-        assert torch.equal(cross_merge(y, 17, 19).view(x.shape).isnan(), x.isnan())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators_are_registered_properly(backend, dtype):
     x = torch.randn(2, 3, 9, 10).to(dtype).requires_grad_()

@@ -224,13 +224,6 @@ def test_compiles_into_one_graph(backend):
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_empty_batch_gives_empty_output(backend, dilation):
-    out, *grads = with_gradients(inputs(batch=0), 1.0, 3, dilation)
-    assert out.shape == (0, 2, 7, 9, 6)
-    assert not grads[3].any()
-
-
-@pytest.mark.parametrize("dilation", [1, 2])
 def test_unwritten_memory_does_not_leak(backend, monkeypatch, dilation):
     tensors = inputs((17, 21), 5)
     expected = with_gradients(tensors, 1.0, 5, dilation)
