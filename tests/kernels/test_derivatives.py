@@ -1,4 +1,4 @@
-"""Transforms of torch.func and second derivatives: right values, or a refusal; never silent zeros.
+"""Transforms of torch.func and second derivatives: right values or an error, never silent zeros.
 
 Forward mode is tested in test_forward_mode.py.
 """
@@ -9,7 +9,7 @@ from samples import registered, sample
 from torch import Tensor
 
 FORWARD = [name for name in registered() if not name.endswith("_backward")]
-# The fused mixer has no gradient of its own: `vision_kernels.mamba_mixer` composes it where one is needed.
+# The fused mixer has no gradient of its own: `vision_kernels.mamba_mixer` is composed if one is needed.
 WITH_GRADIENT = [name for name in FORWARD if name != "mamba_mixer"]
 
 

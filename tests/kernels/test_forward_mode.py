@@ -46,14 +46,14 @@ def test_derivative_by_each_argument_is_right(name, index):
 
 
 @pytest.mark.parametrize("name", FORWARD)
-def test_derivative_is_right_in_graphs_and_with_others(name):
+def test_derivative_is_right_in_graphs_and_with_other_transforms(name):
     function, at, tangent, expected = along(name, 0)
     compiled = torch.compile(lambda *each: torch.func.jvp(function, each[:1], each[1:])[1], backend="aot_eager")
     torch.testing.assert_close(compiled(at, tangent), expected, rtol=1e-6, atol=1e-6)
     pair = torch.stack([tangent, -2 * tangent])
     both = torch.vmap(lambda each: torch.func.jvp(function, (at,), (each,))[1])(pair)
     torch.testing.assert_close(both, torch.stack([expected, -2 * expected]), rtol=1e-6, atol=1e-6)
-    leaf = at.clone().requires_grad_()  # whose gradient is asked for too
+    leaf = at.clone().requires_grad_()  # its gradient is requested too
     with forward_ad.dual_level():
         found = forward_ad.unpack_dual(function(forward_ad.make_dual(leaf, tangent))).tangent
     torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-6)

@@ -227,7 +227,7 @@ def check_spread(name, backend, index, monkeypatch, large=False):
 
 @of_all_backends(*CASES)
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_not_a_number_stays_where_it_belongs(name, backend, index, monkeypatch):
+def test_nan_reaches_only_what_depends_on_it(name, backend, index, monkeypatch):
     if (name, backend) in WIDER:
         pytest.skip("products of zero and NaN are not masked yet")
     if index < len(CASES[name]) and not (backend == "triton" and index < len(CASES[name]) - 1):
@@ -235,7 +235,7 @@ def test_not_a_number_stays_where_it_belongs(name, backend, index, monkeypatch):
 
 
 @of_all_backends(*LARGE)
-def test_not_a_number_stays_where_it_belongs_at_larger_sizes(name, backend, monkeypatch):
+def test_nan_reaches_only_what_depends_on_it_at_larger_sizes(name, backend, monkeypatch):
     if backend in ("triton", emulation.BACKEND):
         pytest.skip("slow")
     check_spread(name, backend, 0, monkeypatch, large=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on what little it can compute in time; on a GPU the other tests do more.
+"""The Triton kernels in Triton's interpreter, in sizes that it can handle; on a GPU the other tests cover them.
 
 Each operation of a kernel takes a tenth of a millisecond here, so shapes are small, and blocks of time are too.
 """
@@ -34,7 +34,7 @@ def _triton(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["whole", "chunks"])
 def chunks(request, monkeypatch):
-    """Chunks of time, which long sequences have, in short ones."""
+    """Split also short sequences into chunks of time."""
     if request.param:
         for module in ("selective_scan.triton_scan", "ss2d.triton_ss2d"):
             monkeypatch.setattr(importlib.import_module(f"vision_kernels.{module}"), "_SHORTEST_CHUNK", 2)
@@ -108,8 +108,8 @@ def test_conv1d_silu(taps, length, dim, dtype, monkeypatch):
 @pytest.mark.parametrize("routes", crossing.ROUTES)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 18), (17, 35), (7, 7)])
 def test_cross_scan_and_merge(height, width, routes):
-    crossing.test_agrees_with_tables_spelt_out(None, height, width, routes, torch.float32)
-    crossing.test_agrees_with_tables_spelt_out(None, height, width, routes, torch.bfloat16)
+    crossing.test_agrees_with_explicit_tables(None, height, width, routes, torch.float32)
+    crossing.test_agrees_with_explicit_tables(None, height, width, routes, torch.bfloat16)
     x = torch.randn(2, 3, height, width)
     assert torch.equal(cross_scan(x.contiguous(memory_format=torch.channels_last), routes), cross_scan(x, routes))
 
@@ -133,7 +133,7 @@ def test_ss2d(shape, routes, dtype, monkeypatch):
     assert_close(found, expected, dtype)
 
 
-def test_ss2d_reads_strides_and_repeats_itself():
+def test_ss2d_reads_any_strides_and_is_reproducible():
     projected = [each.detach() for each in images.projected(*images.inputs(1, 2, 2, 3, 1, 1, torch.bfloat16))]
     operators = torch.ops.vision_kernels
     y = operators.ss2d(*projected, "cross", torch.float32)
@@ -172,7 +172,7 @@ def test_small_steps_are_accurate():
     assert relative_rms(ss2d(*arguments).detach(), images.oracle(*exact, "cross")) < 1e-5
 
 
-def test_interpreter_is_used_only_if_named(monkeypatch):
+def test_interpreter_runs_only_if_named(monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE)
     for operator in WITH_TRITON:
         assert operator.select("cpu").backend != "triton"

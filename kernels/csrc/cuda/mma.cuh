@@ -97,7 +97,7 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
 #endif
 }
 
-// C += A B of operands in parts. Products of parts below the precision kPrecision are skipped.
+// C += A B of operands in parts. Negligible products, whose indices of parts add up to kPrecision or more, are skipped.
 template <int kPrecision, int kPartsOfA, int kPartsOfB>
 __device__ __forceinline__ void multiply(float& c0, float& c1, float& c2, float& c3, const Split<kPartsOfA> (&a)[4],
                                          const Split<kPartsOfB> (&b)[2]) {
