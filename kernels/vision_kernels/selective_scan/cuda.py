@@ -11,7 +11,7 @@ from vision_kernels.views import contiguous_like
 _MOST_STATES = 16
 _BLOCK_CHANNELS = 32
 _TILE_STEPS = 8  # between the states that the backward pass keeps
-# Sequences are cut into chunks that run in parallel if there are too few channels to occupy a GPU. The numbers are
+# Sequences are split into chunks that run in parallel if there are too few channels to occupy a GPU. The numbers are
 # fixed, so that results do not depend on the GPU.
 _BLOCKS = 1024
 _SHORTEST_CHUNK = 256

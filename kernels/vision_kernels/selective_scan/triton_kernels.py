@@ -232,7 +232,7 @@ def scan_backward(
     kept = boundaries + (entry * all_steps + start // STEPS) * TILE * dim + tile
 
     h = tl.zeros((BLOCK, TILE), tl.float32)
-    later = tl.zeros((BLOCK, TILE), tl.float32)  # what comes from the step after
+    later = tl.zeros((BLOCK, TILE), tl.float32)  # from the following step
     if CHAINED:
         h = tl.load(starts + of_chunk, mask=exists[:, None], other=0.0)
         later = tl.load(adjoints + of_chunk, mask=exists[:, None], other=0.0)
@@ -277,7 +277,7 @@ def scan_backward(
             tl.store(grad_B + part + offset * TILE, tl.sum(grad * (step * x)[:, None], 0), mask=valid)
             of_drive = tl.sum(grad * B_now[k].to(tl.float32), 1)
             later = decays[k] * grad
-            of_exponent = tl.where(valid, later * states[k], 0.0)  # states behind the end may be no numbers
+            of_exponent = tl.where(valid, later * states[k], 0.0)  # states after the end may be NaN
             of_A += of_exponent * step[:, None]
             of_step = tl.sum(of_exponent * exponent, 1) * (1.0 / LOG2_E) + of_drive * x
             if SOFTPLUS:

@@ -248,7 +248,7 @@ def ss2d_backward(
     start, last = chunk * in_chunk, tl.minimum((chunk + 1) * in_chunk, all_blocks)
     kept = boundaries + entry * all_blocks * TILE * dim + tile
     h = tl.zeros((BLOCK, TILE), tl.float32)
-    later = tl.zeros((BLOCK, TILE), tl.float32)  # what comes from the step after
+    later = tl.zeros((BLOCK, TILE), tl.float32)  # from the following step
     of_chunk = ((entry * 4 + route) * chunks + chunk) * TILE * dim + tile
     if CHAINED:
         h = tl.load(starts + of_chunk, mask=exists[:, None], other=0.0)
@@ -295,7 +295,7 @@ def ss2d_backward(
             tl.store(couplings + TILE, tl.sum(g[:, None] * states[k + 1], 0), mask=valid)
             of_drive = tl.sum(grad * B_now[k].to(tl.float32), 1)
             later = decays[k] * grad
-            of_exponent = tl.where(valid, later * states[k], 0.0)  # states behind the end may be no numbers
+            of_exponent = tl.where(valid, later * states[k], 0.0)  # states after the end may be NaN
             of_A += of_exponent * step[:, None]
             of_raw = (tl.sum(of_exponent * exponent, 1) * (1.0 / LOG2_E) + of_drive * value) * sigmoid(raws[k])
             of_raw = tl.where(valid, of_raw, 0.0)
