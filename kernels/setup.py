@@ -1,15 +1,15 @@
-"""Builds the compiled kernels: for the CPU if there is a C++ compiler, for NVIDIA GPUs if there is a CUDA toolkit.
+"""Build the compiled kernels: for the CPU if there is a C++ compiler, for NVIDIA GPUs if there is a CUDA toolkit.
 
 The libraries have a plain C interface and include no header of Python or torch, so building needs neither of them and
-one wheel serves every Python and torch. Whatever cannot be built is left out, with a warning that says why: the package
-installs all the same and computes with what remains, in the end PyTorch.
+one wheel serves every version of both. A library that cannot be built is skipped with a warning that says why: the
+package is installed nevertheless, and falls back to the other backends, finally PyTorch.
 
-The repository's own setup.py runs this file too, so that both `pip install .` there and here build the same kernels.
+The repository's own setup.py also runs this file, so that `pip install .` builds the same kernels there and here.
 
 Environment variables:
     CXX: Command of the C++ compiler for the CPU kernels, instead of c++, g++ or clang++.
     VISION_KERNELS_CUDA: 1 builds the CUDA kernels, 0 does not. By default they are built if there are nvcc and a GPU.
-    CUDA_HOME, CUDA_PATH: Where the CUDA toolkit is, if nvcc is not in PATH.
+    CUDA_HOME, CUDA_PATH: Folder of the CUDA toolkit, if nvcc is not in PATH.
     TORCH_CUDA_ARCH_LIST: GPUs to build for, as for PyTorch's extensions ("8.0;9.0+PTX"). By default those of this
         machine, and without one all generations that the toolkit knows.
 """
@@ -40,7 +40,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fv
 
 
 class BuildKernels(build_ext):
-    """Compiles the libraries `_cpu.so` and `_cuda.so`."""
+    """Compile the libraries `_cpu.so` and `_cuda.so`."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"  # the same name for every Python
@@ -83,7 +83,7 @@ class BuildKernels(build_ext):
         self._compile(commands, [compiler, "-shared", "-cudart", "static"], target)
 
     def _compile(self, commands: dict[str, list[str]], link: list[str], target: Path) -> None:
-        """Run the commands, each for one object file, and link the objects, unless all that was done before."""
+        """Run the commands, each for one object file, and link the objects, unless the library is up to date."""
         folder = Path(self.build_temp).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,11 +104,11 @@ class BuildKernels(build_ext):
 
 
 class CannotBuildError(Exception):
-    """What was asked for cannot be built; says why and what to do."""
+    """A library cannot be built; the message says why and what to do."""
 
 
 def cuda_compiler() -> str | None:
-    """Return the path of nvcc, or None if there shall be no CUDA kernels."""
+    """Return the path of nvcc, or None if no CUDA kernels are built."""
     wanted = os.environ.get("VISION_KERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise CannotBuildError(f"VISION_KERNELS_CUDA={wanted} is neither 1 nor 0")
@@ -126,7 +126,7 @@ def cuda_compiler() -> str | None:
 
 
 def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, and not only a toolkit."""
+    """Return whether this machine has an NVIDIA GPU, not only a toolkit."""
     if Path("/dev/nvidia0").exists():
         return True
     lister = shutil.which("nvidia-smi")  # on WSL there is no such device
@@ -144,7 +144,7 @@ def architectures(compiler: str) -> list[str]:
         if parts is None:
             raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST contains {each!r}: write it as 8.0 or 9.0+PTX")
         number = "".join(parts.group(1, 2))
-        if int(number) >= OLDEST_GPU:  # images with PyTorch name every GPU that it knows
+        if int(number) >= OLDEST_GPU:  # container images with PyTorch list every GPU that it supports
             number += parts.group(3)
             code = f"[sm_{number},compute_{number}]" if parts.group(4) else f"sm_{number}"
             options.append(f"-gencode=arch=compute_{number},code={code}")
@@ -154,7 +154,7 @@ def architectures(compiler: str) -> list[str]:
 
 
 def all_generations(compiler: str) -> list[str]:
-    """Return the first GPU of every generation that the toolkit knows, the newest with code for later ones."""
+    """Return the first GPU of every generation that the toolkit supports, the newest with PTX for later ones."""
     known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     numbers = sorted({int(number) for number in re.findall(r"sm_(\d+)\b", known)})
     first = [number for number in numbers if number == OLDEST_GPU or (number > OLDEST_GPU and number % 10 == 0)]
@@ -162,7 +162,7 @@ def all_generations(compiler: str) -> list[str]:
 
 
 class BinaryWheel(bdist_wheel):
-    """The libraries do not depend on the version of Python."""
+    """A wheel for any version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

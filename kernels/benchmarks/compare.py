@@ -1,4 +1,4 @@
-"""Side-by-side timing: what is compared takes turns, so that ratios hold even if a machine's speed drifts."""
+"""Side-by-side timing: the functions take turns, so that ratios hold even if a machine's speed drifts."""
 
 import ctypes
 import json
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 ROUNDS = 21
-MIN_SECONDS = 0.01  # of one measurement; quicker functions are called several times in it
+MIN_SECONDS = 0.01  # of one measurement; faster functions are called several times
 
 
 @dataclass
 class Row:
-    """A comparison of medians, in milliseconds, or of what `measure` says.
+    """A comparison of medians in milliseconds, or in the unit `measure`.
 
-    `ratio` is how many times faster ours is, or, if `means` begins with "of", which part of the baseline.
+    `ratio` is the speedup of ours or, if `means` begins with "of", ours as a fraction of the baseline.
     """
 
     what: str
@@ -70,10 +70,10 @@ def compare(
 
 
 def require_agreement(what: str, ours: torch.Tensor, baseline: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Refuse to time what does not compute the same.
+    """Check that the functions to time compute the same.
 
     Raises:
-        AssertionError: The root mean square of the difference is more than `tolerance` of that of `baseline`.
+        AssertionError: The root mean square of the difference exceeds `tolerance` times that of `baseline`.
     """
     difference = (ours.double() - baseline.double()).pow(2).mean().sqrt() / baseline.double().pow(2).mean().sqrt()
     if not difference <= tolerance:
@@ -81,7 +81,7 @@ def require_agreement(what: str, ours: torch.Tensor, baseline: torch.Tensor, tol
 
 
 def peak_mib(function: Callable[[Callable[[], None]], object]) -> float:
-    """Return by how much `function` raises the memory of a fresh process after it has called its argument, in MiB.
+    """Return the memory that `function` adds to a fresh process after it has called its argument, in MiB.
 
     Linux only. `function` must be importable from the new process.
     """
@@ -93,7 +93,7 @@ def _peak_of(function: Callable[[Callable[[], None]], object]) -> float:
     before = []
 
     def mark() -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, which would be used again unnoticed
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory, whose reuse would not be counted
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before.append(_status_kib("VmRSS"))
 
@@ -107,7 +107,7 @@ def _status_kib(field: str) -> int:
 
 
 def machine() -> dict[str, str]:
-    """Return what the numbers depend on."""
+    """Return the facts on which the numbers depend."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [
@@ -126,7 +126,7 @@ def machine() -> dict[str, str]:
 
 
 def report(rows: list[Row], out: Path | None, facts: dict[str, str]) -> None:
-    """Print a table and write the same as JSON to `out`; `facts` are what the numbers depend on."""
+    """Print a table and write it as JSON to `out`, with the `facts` on which the numbers depend."""
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     width = max(len(row.what) for row in rows)
     print(f"{'':{width}}  {'ours':>11}  {'baseline':>11}  {'ratio':>22}  {'floor':>6}  {'aim':>6}")

@@ -2,8 +2,8 @@
 
 python kernels/benchmarks/cpu.py [--only scan] [--out FILE.json]
 
-Baselines are the step-by-step and unfused definitions in plain PyTorch, which is how the original code runs without its
-CUDA extensions. Floors and aims are those this project set itself.
+Baselines are the step-by-step and unfused definitions in plain PyTorch, as the original code runs without its CUDA
+extensions. Floors and aims are this project's own.
 """
 
 import argparse
@@ -22,18 +22,19 @@ from torch import Tensor
 
 from vision_kernels import cross_merge, cross_scan, neighborhood_attention, selective_scan, ss2d
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS
+from vision_kernels.selective_scan.arguments import ScanArguments
 
-# The definition, as a plain function that autograd follows.
-scan_reference = importlib.import_module("vision_kernels.selective_scan.reference").selective_scan_reference
+# Found by name, because the package's attribute `selective_scan` is the function.
+scan_reference = importlib.import_module("vision_kernels.selective_scan.reference")
 
 
 def gradients(function: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Forward and backward pass."""
+    """Run the forward and backward pass."""
     return torch.autograd.grad(function().sum(), leaves)
 
 
 def scan_inputs(batch: int, dim: int, length: int, state: int) -> list[Tensor]:
-    """u, delta, A, B, C, D and delta_bias, channels last."""
+    """Return u, delta, A, B, C, D and delta_bias, channels last."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -44,11 +45,9 @@ def scan_inputs(batch: int, dim: int, length: int, state: int) -> list[Tensor]:
     return [u, delta, A, B, C, normal(dim), normal(dim)]
 
 
-def reference_of(u, delta, A, B, C, D, bias) -> Tensor:
-    """The definition on the same channels-last inputs."""
-    u, delta, B, C = (each.transpose(1, 2) for each in (u, delta, B, C))
-    B, C = B.unsqueeze(1), C.unsqueeze(1)
-    return scan_reference(u, delta, A, B, C, D, bias, True, u.dtype).transpose(1, 2)
+def scan_arguments(u, delta, A, B, C, D, bias) -> ScanArguments:
+    """Return the arguments of a backend for the same channels-last inputs."""
+    return ScanArguments(u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, bias, True, True, u.dtype)
 
 
 def scan() -> Iterator[Row]:
@@ -59,16 +58,14 @@ def scan() -> Iterator[Row]:
         return selective_scan(*inputs, delta_softplus=True, channels_last=True)
 
     def baseline() -> Tensor:
-        return reference_of(*inputs)
+        return scan_reference.forward(scan_arguments(*inputs))
 
     require_agreement("scan", ours(), baseline(), 1e-5)
     torch.set_num_threads(1)
     with torch.no_grad():
         yield compare("scan forward (1,160,196,8), 1 thread", ours, baseline, 75, 120)
-        plain = OPERATORS["selective_scan"].named("torch").forward
-        u, delta, A, B, C, D, bias = inputs
-        first = [u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, bias, True, True, u.dtype]
-        yield compare("scan forward in plain PyTorch, the same", lambda: plain(*first), baseline, 2.5, 4)
+        plain = functools.partial(OPERATORS["selective_scan"].named("torch").forward, scan_arguments(*inputs))
+        yield compare("scan forward in plain PyTorch, the same", plain, baseline, 2.5, 4)
     leaves = [each.requires_grad_() for each in inputs]
     for mine, truth in zip(gradients(ours, leaves), gradients(baseline, leaves), strict=True):
         require_agreement("gradient of scan", mine, truth)
@@ -111,7 +108,7 @@ def routes() -> Iterator[Row]:
 
 
 def unfused_ss2d(x, x_proj_weight, dt_weight, dt_bias, A, D) -> Tensor:
-    """SS2D as the originals compute it without their extension, but faster: time is unbound before the loop."""
+    """Compute SS2D like the originals without their extension, but faster: time is unbound before the loop."""
     height, width, (rank, state) = *x.shape[2:], (dt_weight.shape[2], A.shape[1])
     xs = cross_scan(x)
     low, B, C = torch.einsum("bkdl,kcd->bkcl", xs, x_proj_weight).split([rank, state, state], dim=2)
@@ -150,20 +147,20 @@ def scan_2d() -> Iterator[Row]:
 
 
 def attention_maps() -> list[Tensor]:
-    """query, key, value of a 64x64 map with two heads of 32 channels, and the bias of windows of 11x11."""
+    """Return query, key and value of a 64x64 map with two heads of 32 channels, and the bias of 11x11 windows."""
     generator = torch.Generator().manual_seed(0)
     return [*torch.randn(3, 1, 2, 64, 64, 32, generator=generator), torch.randn(2, 21, 21, generator=generator)]
 
 
 def attend(backend: str, maps: list[Tensor]) -> Tensor:
-    """Attention by a backend; empty for the one that is active."""
+    """Compute attention by a backend; an empty name stands for the active one."""
     os.environ[BACKEND_VARIABLE] = backend and f"neighborhood_attention={backend}"
     query, key, value, bias = maps
     return neighborhood_attention(query, key, value, 11, bias=bias)
 
 
 def attend_once(backend: str, mark: Callable[[], None]) -> None:
-    """For `peak_mib`."""
+    """Measured by `peak_mib`."""
     torch.set_num_threads(1)
     maps = attention_maps()
     attend(backend, [each[..., :11, :11, :4] if each.ndim == 5 else each for each in maps])  # load everything first
@@ -172,7 +169,7 @@ def attend_once(backend: str, mark: Callable[[], None]) -> None:
 
 
 def attention() -> Iterator[Row]:
-    """Neighbourhood attention with bias, against gathering all neighbours."""
+    """Neighborhood attention with bias, against gathering all neighbours."""
     torch.set_num_threads(1)
     maps = attention_maps()
     ours, baseline = functools.partial(attend, "", maps), functools.partial(attend, "reference", maps)
@@ -190,7 +187,7 @@ def attention() -> Iterator[Row]:
 
 
 def against(peer_name: str, ours: torch.nn.Module, batch: int, floor: float) -> Row:
-    """Time a model against one of timm's, which may choose its memory format."""
+    """Time a model against one of timm's in its faster memory format."""
     import timm
 
     image = torch.randn(batch, 3, 224, 224)
@@ -223,7 +220,7 @@ def model() -> Iterator[Row]:
 
 
 def unfused(*tensors: Tensor, routes: str, out_dtype: torch.dtype) -> Tensor:
-    """Stands in for `ss2d` where a model calls it."""
+    """Replacement for `ss2d` in a model."""
     return unfused_ss2d(*tensors)
 
 
@@ -250,7 +247,7 @@ def segman_features(backend: str, image: Tensor, model: torch.nn.Module) -> list
 
 
 def segman_once(backend: str, mark: Callable[[], None]) -> None:
-    """For `peak_mib`."""
+    """Measured by `peak_mib`."""
     import mambavision
 
     torch.set_num_threads(2)
@@ -278,7 +275,7 @@ def segman() -> Iterator[Row]:
 
 
 def share_of_scan(model: torch.nn.Module, image: Tensor) -> tuple[float, float]:
-    """Return the milliseconds that one forward pass spends in the scan, and in all."""
+    """Return the milliseconds of the scan in one forward pass, and of the whole pass."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(5):
             model(image)

@@ -3,9 +3,9 @@
 python kernels/benchmarks/gpu.py [--only scan] [--published FOLDER] [--out FILE.json]
 
 Peers: `mamba-ssm` for the scan; for whole models the published package `mambavision`, installed in a folder of its own
-(`pip install --no-deps --target FOLDER mambavision`) because it has the name of ours, and timm's models. What a peer is
-missing for is left out, and said. Results are compared before anything is timed. Floors and aims are those this project
-set itself.
+(`pip install --no-deps --target FOLDER mambavision`) because it has the same name as ours, and timm's models. Sections
+whose peer is missing are skipped with a message. Results are compared before anything is timed. Floors and aims are
+this project's own.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from compare import ROUNDS, Row, compare, machine, report, require_agreement
 from torch import Tensor
 
 from vision_kernels import cross_merge, cross_scan, mamba_mixer, selective_scan, ss2d
-from vision_kernels.backends import OPERATORS
+from vision_kernels.mamba_mixer.composed import mamba_mixer_composed
 
 BATCH = 128
-CALLS = 10  # of a function in one CUDA graph
-WARM_UP, TURN = 20, 20  # forwards of a model before it is timed, and in a measurement
+CALLS = 10  # calls of a function in one CUDA graph
+WARM_UP, TURN = 20, 20  # forward passes of a model before it is timed, and in a measurement
 PUBLISHED = Path(__file__).with_name("published.py")
 
 
@@ -45,7 +45,7 @@ def gpu_ms(function: Callable[[], object], calls: int) -> float:
 
 
 def kernel_medians_ms(functions: list[Callable[[], object]]) -> list[float]:
-    """Take turns at CUDA graphs of the functions, so that launching costs nothing."""
+    """Time CUDA graphs of the functions in turn, so that launching costs nothing."""
     graphs = [recorded(function) for function in functions]
     times = [[gpu_ms(graph.replay, 1) / CALLS for graph in graphs] for _ in range(ROUNDS)]
     return [statistics.median(each) for each in zip(*times, strict=True)]
@@ -66,7 +66,7 @@ def recorded(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def gradients(function: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward pass."""
+    """Run the forward and backward pass."""
     return torch.autograd.grad(function(), leaves, grad)
 
 
@@ -113,15 +113,14 @@ def scan() -> Iterator[Row]:
 
 def mixer() -> Iterator[Row]:
     """MambaVision's mixer between its outer projections at the shapes of MambaVision-T: fused, against its parts."""
-    parts = OPERATORS["mamba_mixer"].named("composed").forward
     for inner, length, aim_us in ((160, 196, 20), (320, 49, 14)):
         what, state, rank = f"mixer ({inner},{length},8)", 8, inner // 8
         weights = normal(2 * inner, 3), normal(rank + 2 * state, inner) * inner**-0.5, normal(inner, rank) * rank**-0.5
         vectors = normal(inner), -torch.rand(inner, state, device="cuda") - 0.2, normal(inner), normal(inner)
         arguments = normal(BATCH, length, 2 * inner), *(each.float() for each in (*weights, *vectors))
-        # The parts get the copies of weights that autocast makes, without the time that it takes.
+        # The parts receive the copies of weights that autocast would make, so that its time does not count.
         halves = *arguments[:2], *(each.bfloat16() for each in arguments[2:5]), *arguments[5:]
-        ours, peer = functools.partial(mamba_mixer, *arguments), functools.partial(parts, *halves)
+        ours, peer = functools.partial(mamba_mixer, *arguments), functools.partial(mamba_mixer_composed, *halves)
         with torch.no_grad():
             require_agreement(what, ours(), peer(), 2e-2)
             row = compare(f"{what} forward", ours, peer, 2, 3, kernel_medians_ms)
@@ -130,7 +129,7 @@ def mixer() -> Iterator[Row]:
 
 
 def unfused_ss2d(x, x_proj_weight, dt_weight, dt_bias, A, D) -> Tensor:
-    """SS2D as a chain of operators around mamba_ssm's scan."""
+    """Compute SS2D as a chain of operators around mamba_ssm's scan."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     height, width, (rank, state) = *x.shape[2:], (dt_weight.shape[2], A.shape[1])
@@ -168,7 +167,7 @@ def scan_2d() -> Iterator[Row]:
 
 
 def peak_mib(function: Callable[[], object]) -> float:
-    """Return the MiB that a call needs beyond what is held before it."""
+    """Return the peak memory of a call in MiB, beyond what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -186,7 +185,7 @@ def inference(model: torch.nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 def training_step(model: torch.nn.Module, images: Tensor) -> Callable[[], None]:
-    """Forward, backward and update, with the gradient scaling of float16."""
+    """Return a step of forward, backward and update, with gradient scaling for float16."""
     targets = torch.zeros(len(images), dtype=torch.long, device="cuda")
     optimizer, scaler = torch.optim.AdamW(model.parameters(), 1e-4, fused=True), torch.amp.GradScaler()
 
@@ -206,7 +205,7 @@ def random_images(batch: int) -> Tensor:
 
 
 class PublishedPackage:
-    """A process in which the published package computes: see published.py."""
+    """A process that runs the published package; see published.py."""
 
     def __init__(self, folder: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(folder)}
@@ -224,7 +223,7 @@ class PublishedPackage:
         return json.loads(answer)
 
     def against(self, what: str, ours: Callable, floor: float, aim: float, **question: str | int) -> Row:
-        """Take turns at `ours` and at the package's answer to `question`."""
+        """Time `ours` and the package's answer to `question` in turn."""
         for _ in range(WARM_UP):
             ours()
         self.ask(do="prepare", warm_up=WARM_UP, **question)
@@ -238,7 +237,7 @@ class PublishedPackage:
 
 
 def models(folder: Path) -> Iterator[Row]:
-    """Whole MambaVisions against the published package, in the same mode."""
+    """Whole MambaVision models against the published package, in the same mode."""
     import mambavision
 
     package, images, one = PublishedPackage(folder), random_images(BATCH), random_images(1)
@@ -258,7 +257,7 @@ def models(folder: Path) -> Iterator[Row]:
 
 
 def compiled() -> Iterator[Row]:
-    """MambaVision-T compiled, against timm's models of at least its accuracy, compiled."""
+    """Compiled MambaVision-T against compiled timm models of at least its accuracy."""
     import timm
 
     import mambavision
@@ -279,7 +278,7 @@ def compiled() -> Iterator[Row]:
 
 
 def gpu() -> dict[str, str]:
-    """Return what the numbers depend on."""
+    """Return the facts on which the numbers depend."""
     names = [name for name in ("triton", "mamba-ssm", "timm") if importlib.util.find_spec(name.replace("-", "_"))]
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
@@ -303,9 +302,9 @@ def main() -> None:
     rows = []
     for name in [options.only] if options.only else sections:
         if name in ("scan", "ss2d") and importlib.util.find_spec("mamba_ssm") is None:
-            print(f"{name}: left out, mamba-ssm is not installed")
+            print(f"{name}: skipped, mamba-ssm is not installed")
         elif sections[name] is None:
-            print(f"{name}: left out, --published is not given")
+            print(f"{name}: skipped, --published is not given")
         else:
             rows.extend(sections[name]())
     report(rows, options.out, gpu())

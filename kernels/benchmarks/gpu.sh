@@ -2,7 +2,7 @@
 # Build the CUDA kernels for this machine's GPU, check all kernels on it, and time them: about 8 minutes on an H200.
 #   bash kernels/benchmarks/gpu.sh OUT [WHEELS]
 # Writes to the folder OUT. WHEELS is a folder with wheels of the peers, mamba-ssm and mambavision; without them their
-# rows are left out. Uses the interpreter in PYTHON (default: python), which needs torch, timm, einops and pytest.
+# rows are skipped. Uses the interpreter in PYTHON (default: python), which needs torch, timm, einops and pytest.
 set -euo pipefail
 out=$(realpath -m "${1:?usage: bash kernels/benchmarks/gpu.sh OUT [WHEELS]}")
 wheels=${2:+$(realpath "$2")}
@@ -18,7 +18,7 @@ small=(-m pytest -q tests/kernels -k "recorded and cuda and not emulated")
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" "${small[@]}" >"$out/$tool.log" 2>&1 ||
-            echo "$tool did not end clean, see $out/$tool.log"
+            echo "$tool failed, see $out/$tool.log"
     done
 fi
 

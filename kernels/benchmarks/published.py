@@ -1,7 +1,7 @@
-"""Times the published package `mambavision` for gpu.py, in a process of its own because it has the name of ours.
+"""Time the published package `mambavision` for gpu.py, in a separate process because it has the same name as ours.
 
-Reads questions, a JSON object a line, and writes answers: {"do": "prepare", "model", "batch", "mode": "inference" or
-"training", "warm_up"} -> 0; {"do": "time", "calls"} -> milliseconds of a call.
+Reads questions, one JSON object per line, and writes answers: {"do": "prepare", "model", "batch", "mode": "inference"
+or "training", "warm_up"} -> 0; {"do": "time", "calls"} -> milliseconds of a call.
 """
 
 import json
@@ -28,7 +28,7 @@ def prepared(model: str, batch: int, mode: str, warm_up: int) -> Callable[[], ob
 def main() -> None:
     torch.backends.cudnn.benchmark = True
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the package prints is no answer
+    os.dup2(2, 1)  # the package's own output is not an answer
     for line in sys.stdin:
         question = json.loads(line)
         if question.pop("do") == "prepare":

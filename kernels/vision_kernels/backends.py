@@ -1,15 +1,14 @@
 """Which implementation of an operator runs, and why.
 
-Every operator owns a list of implementations in order of preference. The first one that is available for the device
-of the inputs and can compute them runs, unless the environment variable ``VISION_KERNELS_BACKEND`` names another: one
-for all operators, as in ``reference``, or one for each, as in ``selective_scan=torch,ss2d=reference``. The choice is
-logged once for each operator and device; ``python -m vision_kernels`` prints it.
+Every operator has a list of implementations in order of preference. The first one that runs on the device of the inputs
+and supports the arguments is used, unless the environment variable ``VISION_KERNELS_BACKEND`` names another: one for
+all operators, as in ``reference``, or one for each, as in ``selective_scan=torch,ss2d=reference``. The choice is logged
+once for each operator and device; ``python -m vision_kernels`` prints it.
 
-An operator may also be composed of others. A backend named for all operators is then that of its parts, wherever the
-operator itself has none of this name that can run.
+An operator may also be composed of others. If a backend is named for all operators and this operator has none of that
+name, or it cannot run, the operator is composed and the name applies to its parts.
 """
 
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -17,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from vision_kernels import native
+from torch import Tensor
 
 BACKEND_VARIABLE = "VISION_KERNELS_BACKEND"
 
@@ -39,18 +37,19 @@ class Implementation:
 
     Attributes:
         backend: Name under which ``VISION_KERNELS_BACKEND`` finds it.
-        forward: Computes the outputs from validated inputs.
-        backward: Computes the gradients of all inputs; None if another operator does.
-        summary: What it is, in a few words, for the overview.
+        forward: Computes the result from validated arguments. Its dtype and strides may be any: the operator converts.
+        backward: Computes the gradients of all tensors from that of the result, likewise; None for an absent tensor.
+            No function at all if another operator computes the gradients.
+        summary: A few words for the overview.
         devices: Device types it runs on; empty means every device.
         why_unavailable: Returns the reason it cannot run on this machine together with the remedy, or None if it can.
-        why_unable: Returns the reason it cannot compute these arguments of the operator, or None if it can.
-        only_if_named: Runs only if ``VISION_KERNELS_BACKEND`` names it, whatever its place in the list.
+        why_unable: Returns the reason it does not support these arguments of the operator, or None if it does.
+        only_if_named: Runs only if ``VISION_KERNELS_BACKEND`` names it, regardless of its place in the list.
     """
 
     backend: str
-    forward: Callable
-    backward: Callable | None
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor | None, ...]] | None
     summary: str
     devices: tuple[str, ...] = ()
     why_unavailable: Callable[[], str | None] = _always_available
@@ -61,24 +60,8 @@ class Implementation:
         return not self.devices or device_type in self.devices
 
     def why_not(self, arguments: tuple) -> str | None:
-        """Return why it cannot run here, or not on these arguments if there are any; None if it can."""
+        """Return why it cannot run here, or with these arguments if there are any; None if it can."""
         return self.why_unavailable() or (self.why_unable(*arguments) if arguments else None)
-
-
-def compiled_for_cpu(forward: Callable, backward: Callable | None, why_unable: Callable) -> tuple[Implementation, ...]:
-    """Return an implementation for each instruction set; `forward` and `backward` take its name first."""
-    return tuple(
-        Implementation(
-            instruction_set,
-            functools.partial(forward, instruction_set),
-            backward and functools.partial(backward, instruction_set),
-            f"C++ for {processors}",
-            devices=("cpu",),
-            why_unavailable=functools.partial(native.why_unavailable, instruction_set),
-            why_unable=why_unable,
-        )
-        for instruction_set, processors in native.INSTRUCTION_SETS.items()
-    )
 
 
 @dataclass
@@ -87,8 +70,8 @@ class Operator:
 
     Attributes:
         name: Name under which ``VISION_KERNELS_BACKEND`` finds it.
-        implementations: All of them; their order is that of preference.
-        composition: Name of the one that calls other operators, which choose for themselves; None if there is none.
+        implementations: All of them, in order of preference.
+        composition: Name of the implementation that calls other operators, or None.
     """
 
     name: str
@@ -105,7 +88,7 @@ class Operator:
         return next(each for each in self.implementations if each.backend == backend)
 
     def select(self, device_type: str, *arguments: Any) -> Implementation:
-        """Return the implementation that computes `arguments` of the operator, or most, if none are given.
+        """Return the implementation for `arguments` of the operator; without arguments, the preferred one.
 
         Raises:
             ValueError: ``VISION_KERNELS_BACKEND`` names a backend that this operator does not have, or that cannot
@@ -115,9 +98,10 @@ class Operator:
         if chosen is None:
             chosen = self._preferred(device_type, arguments)
         elif reason := _why_not_on(device_type, chosen, arguments):
-            if not self._is_left_to_parts():
+            composed = self._composed_instead()
+            if composed is None:
                 raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={chosen.backend}: {reason}")
-            chosen = self.named(self.composition)
+            chosen = composed
         if (chosen.backend, device_type) not in self._announced:
             self._announced.add((chosen.backend, device_type))
             _logger.info("%s on %s: backend %r", self.name, device_type, chosen.backend)
@@ -136,8 +120,8 @@ class Operator:
             return None
         names = [each.backend for each in self.implementations]
         if backend not in names:
-            if self._is_left_to_parts():
-                return self.named(self.composition)
+            if composed := self._composed_instead():
+                return composed
             raise ValueError(
                 f"{BACKEND_VARIABLE}: {self.name}={backend}: this operator has the backends {', '.join(names)}"
             )
@@ -146,12 +130,14 @@ class Operator:
             raise ValueError(f"{BACKEND_VARIABLE}: {self.name}={backend}: {reason}")
         return chosen
 
-    def _is_left_to_parts(self) -> bool:
-        """Whether ``VISION_KERNELS_BACKEND`` names one backend for all operators, and others can stand for this one."""
-        return self.composition is not None and "=" not in os.environ.get(BACKEND_VARIABLE, "")
+    def _composed_instead(self) -> Implementation | None:
+        """Return the composition if ``VISION_KERNELS_BACKEND`` names one backend for all operators, otherwise None."""
+        if self.composition is None or "=" in os.environ.get(BACKEND_VARIABLE, ""):
+            return None
+        return self.named(self.composition)
 
     def _available_on(self, device_type: str) -> tuple[Implementation, ...]:
-        # Asked in every call; what a machine has does not change.
+        # Looked up in every call; the answer does not change while a process runs.
         if device_type not in self._available:
             self._available[device_type] = tuple(
                 each
@@ -187,13 +173,13 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def check_forced_backend() -> None:
-    """Raise a ValueError if ``VISION_KERNELS_BACKEND`` names what cannot run on this machine."""
+    """Raise a ValueError if ``VISION_KERNELS_BACKEND`` names a backend that cannot run on this machine."""
     for operator in OPERATORS.values():
         operator.forced()
 
 
 def overview() -> str:
-    """Return a table of every operator's implementations and which of them is active on which device."""
+    """Return a table of every operator's implementations that shows which one is active on each device."""
     device_types = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, devices: {', '.join(device_types)}"]
     for operator in OPERATORS.values():

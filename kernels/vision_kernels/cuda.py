@@ -1,9 +1,10 @@
-"""The compiled CUDA kernels: a library with a plain C interface, found beside this file if it was built."""
+"""The compiled CUDA kernels: a library with a plain C interface beside this file, if it was built."""
 
 import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from vision_kernels.views import as_c
 
 
 class Library:
-    """Kernels that take a CUDA stream, then tensors and integers, and return what went wrong."""
+    """Kernels that take a CUDA stream, then tensors and integers, and return an error message or nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,7 +24,7 @@ class Library:
         return ctypes.CDLL(str(self.path))
 
     @functools.cache  # noqa: B019 - there is one library, or two under test
-    def _function(self, kernel: str) -> ctypes._CFuncPtr:
+    def _function(self, kernel: str) -> Callable[..., Any]:
         function = getattr(self._functions, kernel)
         function.restype = ctypes.c_char_p
         return function
@@ -65,7 +66,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def shared_bytes(device: torch.device) -> int:
-    """Return the shared memory that a block may use on a GPU; where kernels are emulated on a CPU, as on an H200."""
+    """Return the shared memory that a block may use on a GPU; on a CPU, which emulates the kernels, that of an H200."""
     if device.type != "cuda":
         return 227 << 10
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)  # older torch
@@ -78,7 +79,7 @@ def compiled_for_cuda(
     return Implementation(
         "cuda",
         functools.partial(forward, library),
-        backward and functools.partial(backward, library),
+        functools.partial(backward, library) if backward else None,
         "CUDA C++",
         devices=("cuda",),
         why_unavailable=why_unavailable,

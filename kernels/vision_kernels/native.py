@@ -1,22 +1,40 @@
-"""The compiled CPU kernels: a library with a plain C interface, found beside this file if it was built.
+"""The compiled CPU kernels: a library with a plain C interface beside this file, if it was built.
 
-It depends on neither Python nor torch, so that one file serves every version of both, and it holds each kernel three
-times: for any processor, for AVX2 and for AVX-512. Work is shared out by torch's own thread pool, `at::parallel_for`,
-which it is given as a function pointer.
+The library depends on neither Python nor torch, so one file serves every version of both. It holds each kernel three
+times: for any processor, for AVX2 and for AVX-512. Work is distributed by torch's own thread pool, `at::parallel_for`,
+which the library receives as a function pointer.
 """
 
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vision_kernels.backends import Implementation
 from vision_kernels.views import as_c
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "any processor"}  # best first
+
+
+class Library(NamedTuple):
+    """The kernels for one instruction set."""
+
+    instruction_set: str
+
+    def call(self, kernel: str, *arguments: Tensor | int | None) -> None:
+        """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor.
+
+        Raises:
+            MemoryError: There is not enough memory for the kernel's own buffers.
+        """
+        if _function(kernel, self.instruction_set)(*map(as_c, arguments)):
+            raise MemoryError(f"{kernel}: out of memory; compute fewer images at a time or smaller ones")
 
 
 @functools.cache
@@ -35,6 +53,13 @@ def _load() -> ctypes.CDLL | str:
 
 
 @functools.cache
+def _function(kernel: str, instruction_set: str) -> Callable[..., Any]:
+    function = getattr(_load(), f"{kernel}_{instruction_set}")
+    function.restype = ctypes.c_int64
+    return function
+
+
+@functools.cache
 def why_unavailable(instruction_set: str) -> str | None:
     """Return why kernels for `instruction_set` cannot run here and what to do, or None if they can."""
     library = _load()
@@ -45,26 +70,25 @@ def why_unavailable(instruction_set: str) -> str | None:
     return None
 
 
-def why_not_float32(*arguments: object) -> str | None:
-    """Return why kernels that compute in float32 cannot take these arguments of an operator, or None if they can."""
-    for each in arguments:
+def why_not_float32(given: tuple) -> str | None:
+    """Return why kernels that compute in float32 cannot take the arguments of an operator, or None if they can."""
+    for each in given:
         if isinstance(each, Tensor) and each.dtype == torch.float64:
             return "computes in float32, and an input is float64"
     return None
 
 
-def call(kernel: str, instruction_set: str, *arguments: Tensor | int | None) -> None:
-    """Run `kernel` on tensors of float32 or bfloat16 (any strides), integers, and None for an absent tensor.
-
-    Raises:
-        MemoryError: There is not enough for what the kernel keeps for itself.
-    """
-    if _function(kernel, instruction_set)(*map(as_c, arguments)):
-        raise MemoryError(f"{kernel}: out of memory; compute fewer images at a time or smaller ones")
-
-
-@functools.cache
-def _function(kernel: str, instruction_set: str) -> ctypes._CFuncPtr:
-    function = getattr(_load(), f"{kernel}_{instruction_set}")
-    function.restype = ctypes.c_int64
-    return function
+def compiled_for_cpu(forward: Callable, backward: Callable | None, why_unable: Callable) -> tuple[Implementation, ...]:
+    """Return one implementation for each instruction set; `forward` and `backward` take the `Library` first."""
+    return tuple(
+        Implementation(
+            name,
+            functools.partial(forward, Library(name)),
+            functools.partial(backward, Library(name)) if backward else None,
+            f"C++ for {processors}",
+            devices=("cpu",),
+            why_unavailable=functools.partial(why_unavailable, name),
+            why_unable=why_unable,
+        )
+        for name, processors in INSTRUCTION_SETS.items()
+    )

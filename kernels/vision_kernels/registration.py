@@ -1,36 +1,41 @@
 """Registration of operators with torch.library.
 
-Registered, an operator is a single node for autograd, `torch.compile(fullgraph=True)`, `torch.export` and fake tensors.
-Defined through `Library`, which has less to do in each call than `torch.library.custom_op`: small scans are quick.
+A registered operator is a single node for autograd, `torch.compile(fullgraph=True)`, `torch.export` and fake tensors.
+Operators are defined through `Library`, which adds less overhead to each call than `torch.library.custom_op`: small
+scans are quick.
 
 Exported programs call `torch.ops.vision_kernels.<name>` directly, so arguments are checked in the operators themselves,
-whether their tensors have data or not.
+with or without data.
 """
 
-import functools
-from collections.abc import Callable
-from inspect import signature
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vision_kernels.backends import Operator
+from vision_kernels.views import in_dtype
+
 _in_forward_mode: dict[str, Callable] = {}
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", str: "str", torch.dtype: "ScalarType"
+}  # fmt: skip
 
 
 class _Library(torch.library.Library):
-    """Operators that use `_in_forward_mode` where a tangent comes in; autograd would take it for zero, silently."""
+    """Operators that use `_in_forward_mode` for inputs with a tangent, which autograd would silently take for zero."""
 
-    def impl(self, name: str, function: Callable, dispatch_key: str = "", **options: Any) -> Any:
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> Any:
         if dispatch_key == "Autograd":
-            function = _with_forward_mode(function, _in_forward_mode[name])
-        return super().impl(name, function, dispatch_key, **options)
+            fn = _with_forward_mode(fn, _in_forward_mode[op_name])
+        return super().impl(op_name, fn, dispatch_key, **options)
 
 
 def _with_forward_mode(reverse_mode: Callable, composition: Callable) -> Callable:
     def differentiable(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        # Asked in every call, so first what is quickest: whether there can be tangents anywhere. Graphs of
+        # Runs in every call, so the cheapest test comes first: whether there can be tangents at all. Graphs of
         # torch.compile enter a transform without the level that forward_ad counts.
         dual = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
         if dual and any(map(_has_tangent, arguments)):
@@ -48,95 +53,166 @@ _LIBRARY = _Library("vision_kernels", "FRAGMENT")
 
 
 def register(
-    name: str,
-    forward: Callable,
-    fake_forward: Callable,
-    backward: Callable,
-    fake_backward: Callable,
-    apply_backward: Callable,
-    setup_context: Callable,
+    operator: Operator,
+    arguments: type,
+    check: Callable[[Tensor | None, Any], None],
+    composition: Callable[[Any], Tensor],
     *,
-    check: Callable,
-    composition: Callable,
+    gradient: str = "grad_y",
+    memory_format: Callable[[Tensor], torch.memory_format] = lambda first: torch.contiguous_format,
 ) -> None:
-    """Make `torch.ops.vision_kernels.<name>`, and `<name>_backward`, of functions that change none of their arguments.
+    """Define `torch.ops.vision_kernels.<name>`, and `<name>_backward` which computes its gradients.
 
-    If the first argument is empty, no function is called: then outputs are empty, and gradients zero.
+    The result has the shape of the first argument, and the dtype `out_dtype` or else that of the first argument.
+    Backends, `check` and `composition` take the arguments as one named tuple.
 
     Args:
-        name: Name of the operator.
-        forward: Annotated function, from which the schema is read. Its results must not share memory with its
-            arguments.
-        fake_forward: The same on tensors without data: shapes, dtypes and strides of the results.
-        backward: Annotated function that computes the gradients, an operator of its own. Its arguments are the
-            gradient of the result, then those of `forward`, of which the last ones may be missing.
-        fake_backward: The same on tensors without data.
-        apply_backward: Calls `<name>_backward` from what autograd hands over, as for `torch.library.register_autograd`.
-        setup_context: Keeps what `apply_backward` needs, as for `torch.library.register_autograd`.
-        check: Raises a ValueError unless it can be computed; takes the arguments of `backward`, and of `forward` behind
-            None for the gradient.
-        composition: The same as `forward` in PyTorch's operations, which have forward-mode derivatives.
+        operator: The name and the backends.
+        arguments: A NamedTuple from which the schema is read: tensors, other values, and `out_dtype` last if there is
+            one. The backward operator takes the gradient of the result instead, and has its dtype as `out_dtype`.
+        check: Raises a ValueError unless the gradient of the result, or None, and the arguments fit together.
+        composition: The same in PyTorch's operations, which have forward-mode derivatives.
+        gradient: Name of the gradient of the result in the schema.
+        memory_format: Returns the memory format of the result, and of the gradient of the first argument.
     """
-    check_forward = functools.partial(check, None)
-    define(name, forward, fake_forward, apply_backward, setup_context, check=check_forward, composition=composition)
-    refuse = {"composition": _refuse_second_derivative}
-    define(f"{name}_backward", backward, fake_backward, _refuse_second_derivative, None, check=check, **refuse)
+    kinds = get_type_hints(arguments)
+    without_dtype = {name: kind for name, kind in kinds.items() if kind is not torch.dtype}
+    forward = _Differentiable(operator, arguments, check, memory_format)
+    define(
+        operator.name,
+        kinds,
+        forward.prepare,
+        forward.compute,
+        forward.allocate,
+        lambda given: in_dtype(composition(given), forward.dtype(given)),
+        forward.apply_backward,
+        forward.setup_context,
+    )
+    define(
+        f"{operator.name}_backward",
+        {gradient: Tensor} | without_dtype,
+        forward.prepare_backward,
+        forward.compute_gradients,
+        forward.allocate_gradients,
+        _refuse_second_derivative,
+        _refuse_second_derivative,
+        results=forward.tensors,
+    )
+
+
+class _Differentiable:
+    """The functions that define an operator and its backward operator; parameters as in `register`."""
+
+    def __init__(self, operator: Operator, arguments: type, check: Callable, memory_format: Callable) -> None:
+        self.operator, self.arguments, self.check, self.memory_format = operator, arguments, check, memory_format
+        kinds = list(get_type_hints(arguments).values())
+        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in kinds)  # they come first
+        self.others = len(kinds) - self.tensors
+        self.has_dtype = kinds[-1] is torch.dtype
+
+    def prepare(self, *values: Any) -> tuple:
+        given = self.arguments(*values)
+        self.check(None, given)
+        return (given,)
+
+    def prepare_backward(self, grad: Tensor, *values: Any) -> tuple:
+        given = self.arguments(*values, grad.dtype) if self.has_dtype else self.arguments(*values)
+        self.check(grad, given)
+        return grad, given
+
+    def compute(self, given: Any) -> Tensor:
+        y = self.operator.select(given[0].device.type, given).forward(given)
+        return in_dtype(y, self.dtype(given)).contiguous(memory_format=self.memory_format(given[0]))
+
+    def allocate(self, given: Any) -> Tensor:
+        return torch.empty_like(given[0], dtype=self.dtype(given), memory_format=self.memory_format(given[0]))
+
+    def dtype(self, given: Any) -> torch.dtype:
+        return given[-1] if self.has_dtype else given[0].dtype
+
+    # An operator cannot return "no tensor": the gradient of an absent tensor is an empty tensor.
+
+    def compute_gradients(self, grad: Tensor, given: Any) -> tuple[Tensor, ...]:
+        backward = self.operator.select(given[0].device.type, given).backward
+        assert backward is not None
+        found = zip(given[: self.tensors], self._layouts(given), backward(grad, given), strict=True)
+        return tuple(
+            given[0].new_empty(0) if each is None else in_dtype(each, tensor.dtype).contiguous(memory_format=layout)
+            for tensor, layout, each in found
+        )
+
+    def allocate_gradients(self, grad: Tensor, given: Any) -> tuple[Tensor, ...]:
+        return tuple(
+            given[0].new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=layout)
+            for tensor, layout in zip(given[: self.tensors], self._layouts(given), strict=True)
+        )
+
+    def _layouts(self, given: Any) -> list[torch.memory_format]:
+        return [self.memory_format(given[0])] + [torch.contiguous_format] * (self.tensors - 1)
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[: self.tensors])
+        ctx.others = inputs[self.tensors : len(inputs) - self.has_dtype]
+
+    def apply_backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        grads = getattr(torch.ops.vision_kernels, f"{self.operator.name}_backward")(grad, *tensors, *ctx.others)
+        found = (None if tensor is None else each for tensor, each in zip(tensors, grads, strict=True))
+        return *found, *(None,) * self.others
 
 
 def define(
     name: str,
-    function: Callable,
-    fake: Callable,
-    backward: Callable,
-    setup_context: Callable | None,
+    parameters: Mapping[str, Any],
+    prepare: Callable[..., tuple],
+    compute: Callable[..., Tensor | tuple[Tensor, ...]],
+    allocate: Callable[..., Tensor | tuple[Tensor, ...]],
+    composition: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable | None = None,
     *,
-    check: Callable,
-    composition: Callable,
+    results: int = 1,
 ) -> None:
-    """Make `torch.ops.vision_kernels.<name>` alone, whose gradient is that of other operators.
+    """Define `torch.ops.vision_kernels.<name>` alone, which changes none of its arguments.
+
+    If the first argument is empty, nothing is computed: the results are zero.
 
     Args:
         name: Name of the operator.
-        function: As `forward` of `register`.
-        fake: As `fake_forward` of `register`.
-        backward: As `apply_backward` of `register`, calling any operators.
-        setup_context: As for `register`; None if `backward` needs nothing.
-        check: Raises a ValueError unless the arguments can be computed.
-        composition: As for `register`.
+        parameters: Name and type of each parameter.
+        prepare: Checks the arguments, raising a ValueError, and returns those of the next three functions.
+        compute: Returns the results, which must not share memory with the arguments.
+        allocate: Returns tensors with the shapes, dtypes and strides of the results; tensors may have no data.
+        composition: The same as `compute` in PyTorch's operations, which have forward-mode derivatives.
+        backward: Computes the gradients, as for `torch.library.register_autograd`.
+        setup_context: As for `torch.library.register_autograd`; None if `backward` needs nothing.
+        results: Number of results.
     """
+    needed = [(at, parameter) for at, (parameter, kind) in enumerate(parameters.items()) if kind is Tensor]
 
-    parameters = signature(function).parameters.values()
-    needed = [(at, each.name) for at, each in enumerate(parameters) if each.annotation is Tensor]
-
-    def check_all(*arguments: Any) -> None:
+    def prepared(*values: Any) -> tuple:
         for at, parameter in needed:
-            if arguments[at] is None:  # which the dispatcher lets pass
+            if values[at] is None:  # the dispatcher accepts it
                 raise ValueError(f"{name}: {parameter} must be a tensor, got None")
-        check(*arguments)
+        return prepare(*values)
 
-    def run(first: Tensor, *others: Any) -> Tensor | tuple[Tensor, ...]:
-        check_all(first, *others)
-        if first.numel() == 0:
-            results = fake(first, *others)
-            return results.zero_() if isinstance(results, Tensor) else tuple(each.zero_() for each in results)
-        return function(first, *others)
+    def run(*values: Any) -> Tensor | tuple[Tensor, ...]:
+        given = prepared(*values)
+        if values[0].numel() == 0:
+            empty = allocate(*given)
+            return empty.zero_() if isinstance(empty, Tensor) else tuple(each.zero_() for each in empty)
+        return compute(*given)
 
-    def run_fake(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        check_all(*arguments)
-        return fake(*arguments)
-
-    def compose(*arguments: Any) -> Tensor:
-        check_all(*arguments)
-        return composition(*arguments)
-
-    _in_forward_mode[name] = compose
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    _in_forward_mode[name] = lambda *values: composition(*prepared(*values))
+    taken = ", ".join(f"{_SCHEMA_TYPES[kind]} {parameter}" for parameter, kind in parameters.items())
+    returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    _LIBRARY.define(f"{name}({taken}) -> {returned}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     qualified = f"vision_kernels::{name}"
-    torch.library.register_fake(qualified, run_fake, lib=_LIBRARY)
+    torch.library.register_fake(qualified, lambda *values: allocate(*prepared(*values)), lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _refuse_second_derivative(*arguments: Any) -> None:
-    # Without this the gradient would count as a constant, and second derivatives would silently lack its part.
+    # Otherwise the gradient would count as a constant, and second derivatives would silently lack its part.
     raise RuntimeError("vision_kernels operators can be differentiated once, not twice")

@@ -1,4 +1,4 @@
-"""What Triton kernels of several operators compute with."""
+"""Functions and constants of the Triton kernels of several operators."""
 
 import triton
 import triton.language as tl
@@ -9,10 +9,10 @@ LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) of float32, to 3e-7 of itself for any x.
+    """Return log(1 + exp(x)) of float32, with a relative error of 3e-7 for any x.
 
-    A polynomial for log(1 + e) / e with e = exp(-|x|) from 0 to 1: a logarithm would be slower, and inaccurate where e
-    is small.
+    It uses a polynomial for log(1 + e) / e with e = exp(-|x|) from 0 to 1: a logarithm would be slower, and inaccurate
+    for small e.
     """
     e = tl.exp2(-tl.abs(x) * LOG2_E)
     p = 0.00512610214 * e - 0.0290740647
@@ -23,38 +23,38 @@ def softplus(x):
     p = p * e + 0.333181217
     p = p * e - 0.49999445
     p = p * e + 0.999999966
-    # `maximum` may drop what is not a number; the polynomial does not.
+    # `maximum` may drop NaN; the polynomial does not.
     return tl.maximum(x, 0.0) + p * e
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of float32."""
+    """Return 1 / (1 + exp(-x)) of float32."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
 
 
 @triton.jit
 def finite(x):
-    """The largest finite number instead of infinities, so that a product with zero is zero; NaN stays."""
+    """Replace infinities by the largest finite number, so that a product with zero is zero; NaN stays NaN."""
     return tl.where(x < -LARGEST, -LARGEST, tl.where(x > LARGEST, LARGEST, x))
 
 
 @triton.jit
 def silu(x):
-    """x sigmoid(x) of float32; at minus infinity the limit, -0."""
+    """Return x sigmoid(x) of float32, with its limit -0 at minus infinity."""
     return tl.where(x < -LARGEST, -LARGEST, x) * sigmoid(x)
 
 
 @triton.jit
 def silu_slope(x):
-    """The derivative of silu; at both infinities the limit."""
+    """Return the derivative of silu, with its limits at the infinities."""
     gate = sigmoid(x)
     return gate * (1.0 + finite(x) * (1.0 - gate))
 
 
 @triton.jit
 def load_steps(at, t, stop, stride, mask, STEPS: tl.constexpr):
-    """Load `STEPS` steps from t on as a tuple, in their own type; zeros from `stop` on and where `mask` is not set."""
+    """Load `STEPS` steps from t on as a tuple, in their own dtype; zeros from `stop` on and where `mask` is not set."""
     steps = ()
     for k in tl.static_range(STEPS):
         offset = (t + k + tl.full((), 0, tl.int64)) * stride

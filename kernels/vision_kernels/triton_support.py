@@ -1,8 +1,8 @@
-"""Kernels in Triton: where they can run, and how an operator offers them.
+"""Kernels in Triton: where they can run, and the implementations that launch them.
 
-Triton is optional, and takes a moment to import: modules with kernels are imported at their first call. With
-``TRITON_INTERPRET=1`` it runs kernels in Python on the CPU, to test them without a GPU; as that is slow, they then run
-only where ``VISION_KERNELS_BACKEND`` asks for them.
+Triton is optional and slow to import, so modules with kernels are imported at their first call. With
+``TRITON_INTERPRET=1`` it runs kernels in Python on the CPU, to test them without a GPU; because that is slow, they then
+run only if ``VISION_KERNELS_BACKEND`` names them.
 """
 
 import functools
@@ -18,17 +18,17 @@ from vision_kernels.backends import Implementation
 from vision_kernels.native import why_not_float32
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_LEAST_CAPABILITY = (7, 0)  # of the GPUs that Triton compiles for
+_LEAST_CAPABILITY = (7, 0)  # of GPUs that Triton supports
 
 
 def compiled_by_triton(
-    module: str, forward: str, backward: str | None, why_unable: Callable = why_not_float32
+    module: str, forward: str = "forward", backward: str | None = "backward", why_unable: Callable = why_not_float32
 ) -> Implementation:
-    """Return the implementation whose functions of these names are found in a module that imports Triton."""
+    """Return the implementation by the functions with these names in a module that imports Triton."""
     return Implementation(
         "triton",
         _at_first_call(module, forward),
-        backward and _at_first_call(module, backward),
+        _at_first_call(module, backward) if backward else None,
         "Triton, interpreted in Python for tests" if _INTERPRETED else "Triton, compiled at first use",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         why_unavailable=why_unavailable,
@@ -37,27 +37,18 @@ def compiled_by_triton(
     )
 
 
-def why_not_of_16_or_32_bits(*arguments: Any) -> str | None:
-    """Return why kernels for floating-point types up to float32 cannot take tensors or types, or None if they can."""
-    for each in arguments:
-        dtype = each.dtype if isinstance(each, torch.Tensor) else each
-        if isinstance(dtype, torch.dtype) and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"handles float32, bfloat16 and float16, not {dtype}"
-    return None
-
-
 def _at_first_call(module: str, name: str) -> Callable:
     def call(*arguments: Any) -> Any:
         if _INTERPRETED:
-            _let_interpreter_count()
+            _make_interpreted_bounds_indices()
         return getattr(importlib.import_module(module), name)(*arguments)
 
     return call
 
 
 @functools.cache
-def _let_interpreter_count() -> None:
-    """Let loops of interpreted kernels have bounds that are computed: Triton 3.6 takes them for arrays of numpy 2.4."""
+def _make_interpreted_bounds_indices() -> None:
+    """Make computed loop bounds work in interpreted kernels: Triton 3.6 uses them as indices, numpy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor

@@ -1,4 +1,4 @@
-"""Tensors as the compiled kernels see them: csrc/view.h."""
+"""Tensors as the compiled kernels read and write them; see csrc/view.h."""
 
 import ctypes
 import struct
@@ -8,7 +8,7 @@ from torch import Tensor
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_DIMS = 5
-# For each number of dimensions; unused sizes and strides are padding.
+# One format for each number of dimensions; unused sizes and strides are padding.
 _VIEWS = [
     struct.Struct(f"=Qq{dims}q{8 * (_MAX_DIMS - dims)}x{dims}q{8 * (_MAX_DIMS - dims)}x")
     for dims in range(_MAX_DIMS + 1)
@@ -24,3 +24,18 @@ def as_c(argument: Tensor | int | None) -> bytes | ctypes.c_int64 | None:
         # ctypes passes bytes as a pointer to them
         return _VIEWS[len(shape)].pack(address, _DTYPES[argument.dtype], *shape, *argument.stride())
     return None if argument is None else ctypes.c_int64(argument)
+
+
+def contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate a contiguous tensor of the same shape, with the dtype of `tensor` by default."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor; without the overhead of `tensor.to(dtype)` if it has the dtype already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def as_parameter(tensor: Tensor | None) -> Tensor | None:
+    """Return an optional tensor as most kernels read parameters: in float32, contiguous."""
+    return None if tensor is None else in_dtype(tensor, torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""What the conformance tests of all operators share."""
+"""Helpers for the conformance tests of all operators."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 import emulation
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS, Operator
 
-COMPUTING_FLOAT64 = ("torch", "reference")  # other backends leave it to these
+COMPUTING_FLOAT64 = ("torch", "reference")  # the other backends refuse it
 _ON_GPU = "@cuda"
 
 for _operator in OPERATORS.values():
@@ -15,9 +15,9 @@ for _operator in OPERATORS.values():
 
 
 def backends(operator: Operator, float64: bool = False) -> list[str]:
-    """Names of the operator's backends that can run here; those that compute in float64, if asked.
+    """Return the operator's backends that can run here, or only those that compute in float64.
 
-    On the CPU, but for those that run only if they are named; and with "@cuda" behind the name those made for GPUs.
+    Those on the CPU, except for those that run only if they are named; names of those for GPUs end with "@cuda".
     """
     able = [each for each in operator.implementations if each.why_unavailable() is None]
     if float64:
@@ -29,7 +29,7 @@ def backends(operator: Operator, float64: bool = False) -> list[str]:
 
 
 def force(choice: str, monkeypatch, *operators: Operator) -> str:
-    """Let the operators be computed by one of `backends`, on a GPU although tensors are on the CPU; return its name."""
+    """Force one of `backends`, which may move tensors from the CPU to a GPU and back; return its name."""
     name = choice.removesuffix(_ON_GPU)
     monkeypatch.setenv(BACKEND_VARIABLE, ",".join(f"{operator.name}={name}" for operator in operators))
     if name != choice:
@@ -46,7 +46,7 @@ def force(choice: str, monkeypatch, *operators: Operator) -> str:
 
 def _on_gpu(function):
     def computed_there(*arguments):
-        results = function(*(_moved(each) if isinstance(each, torch.Tensor) else each for each in arguments))
+        results = function(*map(_moved, arguments))
         if isinstance(results, torch.Tensor):
             return results.cpu()
         return tuple(None if each is None else each.cpu() for each in results)
@@ -54,20 +54,24 @@ def _on_gpu(function):
     return computed_there
 
 
-def _moved(tensor):
-    """With the same strides, which `.cuda()` would not keep of a part of a tensor."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _moved(argument):
+    """Move tensors, also those in a named tuple, with their strides: `.cuda()` does not preserve those of a slice."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_moved, argument))
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    storage = torch.empty(0, dtype=argument.dtype).set_(argument.untyped_storage()).cuda()
+    return storage.as_strided(argument.shape, argument.stride(), argument.storage_offset())
 
 
 def relative_rms(found, expected):
-    """Root mean square of the difference over that of the expected values."""
+    """Return the root mean square of the difference, relative to that of the expected values."""
     scale = expected.double().pow(2).mean().sqrt().clamp(min=1e-12)
     return ((found.double() - expected.double()).pow(2).mean().sqrt() / scale).item() if expected.numel() else 0.0
 
 
 def poison_unwritten_memory(monkeypatch):
-    """Fill new tensors with NaN, so that reading what was never written shows."""
+    """Fill new tensors with NaN, to detect reads of unwritten memory."""
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

@@ -1,4 +1,4 @@
-"""The CUDA kernels, built by a C++ compiler for the CPU: see emulator/cuda_runtime.h."""
+"""The CUDA kernels, built for the CPU by a C++ compiler; see emulator/cuda_runtime.h."""
 
 import fcntl
 import functools
@@ -16,12 +16,12 @@ BACKEND = "cuda-emulated"
 _COMPILER = shutil.which("g++")  # its inline assembler and _Float16
 _HEADERS = Path(__file__).with_name("emulator")
 _SOURCES = ROOT / "kernels" / "csrc"
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{_HEADERS}"]
+_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{_HEADERS}"]
 
 
 @functools.cache
 def _library() -> Library | None:
-    """Build the library, unless it is there from an earlier run of the same sources; None if it does not compile."""
+    """Build the library, unless an earlier run built the same sources; return None if it does not compile."""
     sources = sorted((_SOURCES / "cuda").glob("*.cu"))
     parts = [*sources, *(_SOURCES / "cuda").glob("*.*h"), _SOURCES / "view.h", *_HEADERS.iterdir(), Path(__file__)]
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in sorted(parts))).hexdigest()[:16]
@@ -29,7 +29,7 @@ def _library() -> Library | None:
     target = folder / f"{digest}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of tests that run side by side, one builds and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait
         return Library(target) if target.exists() or _build(sources, target) else None
 
 
@@ -57,7 +57,7 @@ def why_unavailable() -> str | None:
 
 
 def add_emulated(operator: Operator) -> None:
-    """Add the emulated CUDA kernels to the implementations of an operator on the CPU, the last of them."""
+    """Append the emulated CUDA kernels to the implementations of an operator on the CPU."""
     gpu = next((each for each in operator.implementations if each.backend == "cuda"), None)
     if gpu is None or any(each.backend == BACKEND for each in operator.implementations):
         return

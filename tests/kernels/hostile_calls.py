@@ -1,7 +1,7 @@
-"""Call one operator directly with arguments that do not fit: `python hostile_calls.py NAME`, a process that may crash.
+"""Call operators directly with invalid arguments: `python hostile_calls.py NAME...`, a process that may crash.
 
-Tensors end where memory does that must not be read, so that reading beyond their end is a crash. Every call must give
-a tensor of the shape that is promised for tensors without data, or one ValueError or RuntimeError in both cases.
+Tensors end at the end of readable memory, so that reading beyond them is a crash. Every call must return tensors with
+the shapes promised for tensors without data, or raise a ValueError or RuntimeError in both cases.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def hostile_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, object]]:
-    """Yield tensors that mostly do not fit where `tensor` does, each with what it is."""
+    """Yield replacements of a tensor, most of them invalid, each with a description."""
     for dim, size in enumerate(tensor.shape):
         for other in (0, 1, size - 1, size + 1, 2 * size):
             shape = [*tensor.shape[:dim], other, *tensor.shape[dim + 1 :]]
@@ -62,7 +62,7 @@ def hostile_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, object]]:
 
 
 def hostile(argument: object, kind: str) -> list[tuple[str, object]]:
-    """Return replacements of an argument, each with what it is."""
+    """Return replacements of an argument, each with a description."""
     if isinstance(argument, torch.Tensor):
         return list(hostile_tensors(argument))
     if isinstance(argument, torch.dtype):
@@ -74,9 +74,9 @@ def hostile(argument: object, kind: str) -> list[tuple[str, object]]:
 
 
 def calls(name: str) -> Iterator[tuple[str, list]]:
-    """Yield arguments with one hostile value each, then some with two or three."""
+    """Yield arguments with one hostile value each, then some with two or three, each with a description."""
     arguments = [guarded(each) if isinstance(each, torch.Tensor) else each for each in sample(name)]
-    yield "as they should be", arguments
+    yield "valid", arguments
     choices = [
         [(position, f"{formal.name} {what}", value) for what, value in hostile(argument, str(formal.type))]
         for position, (formal, argument) in enumerate(zip(schema(name).arguments, arguments, strict=True))
@@ -94,7 +94,7 @@ def calls(name: str) -> Iterator[tuple[str, list]]:
 
 
 def outcome(name: str, arguments: list) -> object:
-    """Return shapes, dtypes and strides of the results, or that there are none and why."""
+    """Return the shapes, dtypes and strides of the results, or the kind of error."""
     refusal = None
     try:
         results = getattr(torch.ops.vision_kernels, name)(*arguments)
@@ -105,7 +105,7 @@ def outcome(name: str, arguments: list) -> object:
         if "can't allocate memory" in sentence:
             return "too large"
         assert name.removesuffix("_backward") in sentence, f"does not say where: {sentence}"
-        # The dispatcher's own take several lines.
+        # The dispatcher's own messages have several lines.
         assert not isinstance(refusal, ValueError) or "\n" not in sentence, f"not one sentence: {sentence}"
         return "refused"
     results = (results,) if isinstance(results, torch.Tensor) else results
@@ -117,7 +117,7 @@ def _strides_that_matter(tensor: torch.Tensor) -> list[int]:
 
 
 def without_data(argument: object) -> object:
-    """Return a tensor on meta instead of one on the CPU, whatever else as it is."""
+    """Return a tensor on meta instead of a plain one; other arguments are returned unchanged."""
     plain = isinstance(argument, torch.Tensor) and argument.layout is torch.strided and not argument.is_quantized
     if not plain:
         return argument
@@ -127,7 +127,7 @@ def without_data(argument: object) -> object:
 def main(name: str) -> None:
     count = 0
     for what, arguments in calls(name):
-        print(what, flush=True)  # the last line tells what crashed
+        print(f"{name}: {what}", flush=True)  # the last line names the call that crashed
         found = outcome(name, arguments)
         on_meta = any(isinstance(each, torch.Tensor) and each.is_meta for each in arguments)
         tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
@@ -135,8 +135,9 @@ def main(name: str) -> None:
             promised = outcome(name, [without_data(each) for each in arguments])
             assert found in (promised, "too large"), f"{found}, but {promised} without data"
         count += 1
-    print(f"{count} calls survived")
+    print(f"{name}: {count} calls survived")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for each in sys.argv[1:]:
+        main(each)

@@ -1,4 +1,4 @@
-"""Valid arguments of every registered operator, of any sizes: a new operator is tested once it stands here."""
+"""Valid arguments of every registered operator, in any sizes; a new operator is tested once it is added here."""
 
 import torch
 
@@ -15,13 +15,13 @@ SIZES = {
 
 
 def registered() -> list[str]:
-    """Names of all operators in the namespace."""
+    """Return the names of all operators in the namespace."""
     names = (each.partition("::") for each in torch._C._dispatch_get_all_op_names())
     return sorted({name.partition(".")[0] for namespace, _, name in names if namespace == "vision_kernels"})
 
 
 def sample(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> list:
-    """Return arguments of `torch.ops.vision_kernels.<name>`, those of a gradient behind that of the result."""
+    """Return arguments of `torch.ops.vision_kernels.<name>`; those of a backward operator begin with a gradient."""
     if name.endswith("_backward"):
         operator = name.removesuffix("_backward")
         arguments = sample(operator, dtype, **sizes)

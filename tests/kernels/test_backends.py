@@ -1,8 +1,7 @@
-"""Choice of backends."""
+"""Selection of backends."""
 
 import logging
-import subprocess
-import sys
+import runpy
 
 import pytest
 
@@ -75,7 +74,7 @@ def test_each_operator_may_have_its_own_choice(operator, monkeypatch):
         operator.select("cpu")
 
 
-def test_arguments_that_a_backend_cannot_compute_go_to_the_next(operator, monkeypatch):
+def test_unsupported_arguments_go_to_the_next_backend(operator, monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     assert operator.select("cpu", "big").backend == "plain"
     monkeypatch.setenv(BACKEND_VARIABLE, "small")
@@ -106,8 +105,8 @@ def test_overview_explains_what_cannot_be_forced(operator, monkeypatch):
     assert "test_operator=gpu: runs on cuda, the inputs are on cpu" in overview()
 
 
-def test_an_operator_may_be_left_to_its_parts(operator, monkeypatch):
-    """Where a backend is named for all operators that this one lacks or cannot run."""
+def test_composed_operator_falls_back_to_its_parts(operator, monkeypatch):
+    """If the backend named for all operators is missing in this one, or cannot run."""
     operator.composition = "plain"
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     assert operator.select("cpu").backend == "plain"
@@ -129,7 +128,7 @@ def test_every_operator_has_a_definition_and_a_fallback():
         assert names[-2:] == ["torch", "reference"] or names[-1] == each.composition
 
 
-def test_module_prints_the_overview():
-    result = subprocess.run([sys.executable, "-m", "vision_kernels"], capture_output=True, text=True, check=True)
-    assert "selective_scan" in result.stdout
-    assert BACKEND_VARIABLE in result.stdout
+def test_module_prints_the_overview(monkeypatch, capsys):
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    runpy.run_module("vision_kernels", run_name="__main__")
+    assert capsys.readouterr().out == overview() + "\n"

@@ -1,4 +1,4 @@
-"""The benchmark runs and reports; how fast anything is, is no matter for a test."""
+"""The benchmarks run and report; speed is not tested."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    """The modules `cpu` and `compare`, measuring once."""
+    """Yield the modules `compare` and `cpu`, set to measure once."""
     monkeypatch.syspath_prepend(ROOT / "kernels" / "benchmarks")
     compare, cpu = importlib.import_module("compare"), importlib.import_module("cpu")
     monkeypatch.setattr(compare, "ROUNDS", 1)

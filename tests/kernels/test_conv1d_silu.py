@@ -24,7 +24,7 @@ def inputs(batch=2, length=7, dim=6, taps=3, dtype=torch.float32):
 
 
 def oracle(x, weight):
-    """Sums over taps, one step after the other, in float64."""
+    """Return the sum over taps, step by step, in float64."""
     x, weight = x.detach().double(), weight.detach().double()
     padded = F.pad(x, (0, 0, (weight.shape[1] - 1) // 2, weight.shape[1] // 2))
     total = sum(padded[:, k : k + x.shape[1]] * weight[:, k] for k in range(weight.shape[1]))
@@ -61,7 +61,7 @@ def _differentiable_oracle(x, weight):
 
 @pytest.mark.parametrize("taps", [3, 5])
 def test_agrees_with_the_oracle_where_work_is_split(backend, taps):
-    """More channels and steps than a block of threads takes, and more taps than have a kernel of their own."""
+    """With more channels and steps than a block of threads handles, and numbers of taps without a special kernel."""
     arguments = inputs(2, 150, 140, taps)
     exact = [each.detach().double().requires_grad_() for each in arguments]
     found, expected = with_gradients(conv1d_silu, arguments), with_gradients(_differentiable_oracle, exact)

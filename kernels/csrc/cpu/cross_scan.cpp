@@ -1,4 +1,4 @@
-// Cross scan and cross merge: images along four routes, and the sequences of four routes back and added up.
+// Cross scan and cross merge: images along four routes, and their sequences merged back.
 // Definition: ../../vision_kernels/cross_scan.
 //
 // Pixels are moved in squares of kLanes x kLanes: whether rows or columns are adjacent in memory, on either side, they
@@ -9,11 +9,11 @@ namespace {
 
 constexpr int kRoutes = 4;
 
-// Where the pixels of an image lie: at start + row by_row + column by_column.
+// Location of the pixels of an image: start + row by_row + column by_column.
 struct Layout {
     int64_t start, by_row, by_column;
 
-    // Those of a contiguous image, in the order of a route; `step` is the raster distance to the next position.
+    // For a contiguous image, in the order of a route; `step` is the raster distance to the next position.
     static Layout of_route(int64_t step, int64_t height, int64_t width) {
         const int64_t end = height * width - 1;
         if (step == 1) return {0, width, 1};
@@ -57,7 +57,7 @@ VK_INLINE void load_square(const T* image, const Square& square, Vec* rows) {
     }
 }
 
-// A number that was loaded from this type, so that nothing is rounded.
+// A number that was loaded from this type, so conversion is exact.
 VK_INLINE void store_exact(float* p, Vec x) { store(p, x); }
 VK_INLINE void store_exact(BFloat16* p, Vec x) {
     *reinterpret_cast<UnalignedShortVec*>(p) = __builtin_convertvector((UIntVec)x >> 16, ShortVec);

@@ -14,7 +14,7 @@ using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
 using AllLanes = Lanes<0, 1, 2, 3>;
 #endif
 
-// The lanes of a and b whose numbers, counted through both, are given.
+// The lanes of a and b with the given indices into their concatenation.
 #if defined(__clang__)
 #define VK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -27,7 +27,7 @@ VK_INLINE Vec reversed(Vec x, Lanes<Lane...>) {
 }
 VK_INLINE Vec reversed(Vec x) { return reversed(x, AllLanes{}); }
 
-// Regard a and b as rows of a matrix, cut into squares of Distance x Distance. These are the two rows that result from
+// Regards a and b as rows of a matrix of Distance x Distance squares, and returns the two rows that result from
 // exchanging the squares off the diagonal.
 template <int Distance, int... Lane>
 VK_INLINE Vec upper_row(Vec a, Vec b, Lanes<Lane...>) {

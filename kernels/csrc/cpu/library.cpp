@@ -1,4 +1,4 @@
-// The part of the library that is compiled once: what the processor can do, torch's thread pool, and memory of threads.
+// The part of the library that is compiled once: processor features, torch's thread pool, and thread-local memory.
 #include "thread_pool.h"
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// How neighborhood attention is cut into tiles and groups of queries, and which positions these see.
+// Division of neighborhood attention into tiles and groups of queries, and the positions that these see.
 #pragma once
 #include "simd.h"
 
@@ -8,8 +8,8 @@ constexpr int kMaxGroup = 6;  // with 2 vectors a query fills the 16 registers o
 
 constexpr VK_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// One axis of the map, cut into tiles. Those of the same parity have windows that do not overlap, because they are at
-// least three times the radius: the windows of both ends are shifted inwards by up to one.
+// One axis of the map, divided into tiles. Tiles of the same parity have windows that do not overlap, because they are
+// at least three times the radius: the windows of both ends are shifted inwards by up to one.
 struct Axis {
     int64_t size, window, step;
 
@@ -32,7 +32,7 @@ struct Range {
     }
 };
 
-// The more queries in a group, the fewer loads, but the union of their windows must not take another vector.
+// Larger groups need fewer loads, but the union of their windows must not need another vector.
 int group_size(int64_t window) {
     int best = 2;
     for (int queries = 4; queries <= kMaxGroup; queries += 2)
@@ -78,7 +78,7 @@ struct Tile {
     }
 };
 
-// Up to kMaxGroup queries of one row, from `column` on. Missing ones are zeros at the place of the last.
+// Up to kMaxGroup queries of one row, from `column` on. Missing queries are zeros at the position of the last one.
 struct Group {
     int64_t row, column, count;
     int64_t first_row, first;        // of the union of their windows, in the window of the tile

@@ -1,7 +1,7 @@
 // Neighborhood attention of dilation 1. Definition: ../../vision_kernels/neighborhood_attention.
 //
 // A task is a tile of queries of one head. Queries side by side in a row see almost the same window, so a group of them
-// is multiplied with the union of their windows as in a matrix product, and what lies outside of the window of each is
+// is multiplied with the union of their windows as in a matrix product, and what lies outside the window of each is
 // dropped in its softmax. Logits of a group are kept as `units`: vectors over adjacent columns, `row_vectors` of them
 // for each row of the window.
 #include "neighborhood.h"
@@ -82,7 +82,7 @@ VK_INLINE void store_group(const View& view, const Problem& problem, const Tile&
         store_position(target + q * view.stride[3], view.stride[4], problem.dim, source + q * problem.dim_vectors);
 }
 
-// What the softmax needs: the bias times log2(e), for exponentials of base 2, and which lanes are inside of a window.
+// Inputs of the softmax: the bias times log2(e), for exponentials of base 2, and the lanes inside a window.
 struct Tables {
     float* bias;
     float* inside;
@@ -152,7 +152,7 @@ void products(const Vec* vectors, const float* transposed, const Tables& tables,
     run(reinterpret_cast<const float*>(vectors), window, tables.unit_offset, pitch, problem, out);
 }
 
-// Products -> exp(logit - largest), 0 outside of the window of query q. Returns the sum.
+// Products -> exp(logit - largest), 0 outside the window of query q. Returns the sum.
 float exponentials(Vec* logits, const Tables& tables, const Problem& problem, const Group& group, int q) {
     const float* bias = tables.bias + group.bias_offset[q];
     const float* inside = tables.inside + problem.group - 1 - group.offset[q];
@@ -218,15 +218,15 @@ VK_INLINE void sum_up_all(const float* weights, const Vec* positions, int64_t co
     }
 }
 
-// Weights are zero outside of the window of their query, but zero times what is not finite is not. Therefore queries and
-// columns are computed together only where all numbers are finite, otherwise one by one, each in its own window.
+// Weights are zero outside the window of their query, but zero times an infinity or NaN is not. Therefore queries and
+// columns are computed together only if all numbers are finite, otherwise one by one, each in its own window.
 bool all_finite(const Vec* vectors, int64_t count) {
     Vec zero = {};
     for (int64_t i = 0; i < count; ++i) zero += vectors[i] * 0.0f;
     return sum(zero) == 0;
 }
 
-// Sets the lanes outside of the window of query q to zero.
+// Sets the lanes outside the window of query q to zero.
 void keep_window(Vec* units, const Tables& tables, const Problem& problem, const Group& group, int q) {
     const float* inside = tables.inside + problem.group - 1 - group.offset[q];
     for (int64_t row = 0; row < problem.window; ++row)
@@ -354,8 +354,8 @@ Status forward(const View& query, const View& key, const View& value, const View
     });
 }
 
-// Weights and their gradients for one query -> softmax of the logits, and gradient of the logits. Returns whether what
-// all of them share is finite.
+// Weights and their gradients for one query -> softmax of the logits, and gradient of the logits. Returns whether the
+// term common to all of them is finite.
 VK_INLINE bool softmax_backward(Vec* weights, Vec* grad, float total, int64_t units) {
     const float scale = 1.0f / total;
     Pack inner = {};
@@ -416,7 +416,7 @@ bool backward_tile(const View& grad_out, const View& query, const View& key, con
     load_transposed<T>(key, problem, tile, block, transposed_keys);
     load_transposed<T>(value, problem, tile, block, transposed_values);
     load_window<T>(key, problem, tile, keys);
-    load_window<T>(value, problem, tile, grad_values);  // only to look at them
+    load_window<T>(value, problem, tile, grad_values);  // read only
     for (int64_t i = 0; i < problem.bias_vectors(); ++i) bias_table[i] = Vec{};
     for (int64_t i = 0; i < problem.group * units; ++i) grad_logits[i] = Vec{};
     const bool finite_window = all_finite(keys, window_vectors) && all_finite(grad_values, window_vectors);
@@ -452,8 +452,8 @@ bool backward_tile(const View& grad_out, const View& query, const View& key, con
     return true;
 }
 
-// Tiles run in four rounds, those with even and odd indices apart. In a round the windows to which gradients are added
-// do not overlap, so that there are no races and the order of additions does not depend on the number of threads.
+// Tiles run in four rounds, separated by the parity of their indices. In a round the windows to which gradients are
+// added do not overlap, so that there are no races and the order of additions does not depend on the number of threads.
 template <class T>
 Status backward(const View& grad_out, const View& query, const View& key, const View& value, const View* bias,
                 const Gradients& grads, int64_t window) {
@@ -476,7 +476,7 @@ Status backward(const View& grad_out, const View& query, const View& key, const 
     return kDone;
 }
 
-// Sums the gradients of the tiles, in double precision because there are many.
+// Sums the gradients of the many tiles in double precision.
 Status reduce_bias(const float* tiles, const Problem& problem, const View& grad_bias) {
     const int64_t side = problem.bias_rows(), table = side * side;
     const int64_t per_image = problem.rows.tiles() * problem.columns.tiles();

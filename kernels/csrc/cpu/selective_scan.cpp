@@ -1,14 +1,14 @@
-// Selective scan: a lane for each channel, one step after the other. Definition: ../../vision_kernels/selective_scan.
+// Selective scan: one lane per channel, step by step. Definition: ../../vision_kernels/selective_scan.
 //
-// u, delta, y and their gradients are (batch, dim, length), or (batch, length, dim) and then turned, with any strides.
-// Where channels or steps are adjacent in memory they are read as vectors, otherwise lane by lane. B and C are float32
-// with adjacent states.
+// u, delta, y and their gradients are (batch, dim, length), or transposed views of (batch, length, dim), with any
+// strides. Where channels or steps are adjacent in memory they are read as vectors, otherwise lane by lane. B and C are
+// float32 with adjacent states.
 #include "lanes.h"
 
 namespace {
 
 constexpr int kTile = 32;                // steps that the forward pass prepares together
-constexpr int64_t kChunkVectors = 8192;  // what the backward pass keeps of a chunk of steps; fits a second-level cache
+constexpr int64_t kChunkVectors = 8192;  // kept by the backward pass for a chunk of steps; fits into the L2 cache
 
 struct Shape {
     int64_t batch, dim, length, groups, states;
@@ -177,7 +177,7 @@ bool forward_block(const Inputs& in, const View& y, const Block& block) {
             constexpr int kCount = decltype(group)::value;
             recur<kCount>(decay, kTile, drive, B, begin, count, n, state, [&](int64_t t, const Vec* h) VK_LAMBDA {
                 const float* c = C.step(begin + t) + n;
-                Vec total[2] = {out[t], Vec{}};  // two sums, so that additions need not wait for each other
+                Vec total[2] = {out[t], Vec{}};  // two sums, so that additions do not depend on each other
 #pragma GCC unroll 8
                 for (int i = 0; i < kCount; ++i) total[i % 2] += h[i] * c[i];
                 out[t] = total[0] + total[1];
@@ -198,7 +198,7 @@ Status forward(const Inputs& in, const View& y) {
     });
 }
 
-// Gradients. Those of what all channels or all batch entries share are partial sums that Python adds up, so that the
+// Gradients. Those shared by channels or batch entries are partial sums that are reduced in Python, so that the
 // result does not depend on the number of threads: A (batch, dim, state), D and bias (batch, dim), B and C (batch,
 // groups, splits, length, state), where the channels of a group are split into as many tasks.
 struct Gradients {
@@ -206,7 +206,7 @@ struct Gradients {
     int64_t splits() const { return B.size[2]; }
 };
 
-// What the backward pass keeps of a chunk of steps of one block of channels.
+// Buffers of the backward pass for a chunk of steps of one block of channels.
 struct Chunk {
     int64_t begin, count, pitch;
     Vec *u, *step, *slope, *drive, *grad_y, *grad_drive, *grad_step;  // [t]

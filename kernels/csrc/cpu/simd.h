@@ -62,7 +62,7 @@ VK_INLINE float to_float(BFloat16 x) {
 }
 
 VK_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-// Rounds to nearest, ties to even; a number that is none stays none.
+// Rounds to nearest, ties to even; NaN stays NaN.
 VK_INLINE void store(BFloat16* p, Vec x) {
     const UIntVec bits = (UIntVec)x;
     const UIntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -99,7 +99,7 @@ VK_INLINE float sum(Vec x) {
     return total;
 }
 
-// The second operand where either is no number.
+// The second operand if either is NaN.
 VK_INLINE Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
@@ -123,23 +123,24 @@ VK_INLINE Vec smaller(Vec a, Vec b) {
 #endif
 }
 
-// The largest finite number instead of infinities, so that a product with zero is zero; what is no number stays none.
+// The largest finite number instead of infinities, so that a product with zero is zero; NaN stays NaN.
 constexpr float kLargest = 3.40282347e38f;
 VK_INLINE Vec finite(Vec x) { return smaller(broadcast(kLargest), larger(broadcast(-kLargest), x)); }
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// The functions below work on a few vectors at once. Each is one long chain of dependent instructions, and a processor
-// does not look far enough ahead to overlap chains that stand one behind the other; side by side it does.
+// The functions below process a few vectors at once. Each is one long chain of dependent instructions, and a processor
+// does not look far enough ahead to overlap consecutive chains; interleaved chains do overlap.
 constexpr int kPack = 4;
 struct Pack {
     Vec v[kPack];
 };
 #define VK_EACH _Pragma("GCC unroll 4") for (int i = 0; i < kPack; ++i)
 
-// 2^x, relative error 2.5e-7; 0 below 2^-125.5, infinity from 2^128 on; what is no number stays none.
+// 2^x, relative error 2.5e-7; 0 below 2^-125.5, infinity from 2^128 on; NaN stays NaN.
 VK_INLINE Pack exp2(Pack x) {
-    // 1.5 x 2^23: of the sum, the low bits of the mantissa are the nearest integer n, and here the exponent of 2^(n - 1).
+    // 1.5 x 2^23: of the sum, the low bits of the mantissa are the nearest integer n, and here the exponent of 2^(n -
+    // 1).
     constexpr float kShift = 12582912.0f + 126.0f;
     Pack shifted, p;
     VK_EACH x.v[i] = smaller(broadcast(128.0f), larger(broadcast(-126.0f), x.v[i]));
@@ -156,7 +157,7 @@ VK_INLINE Pack exp2(Pack x) {
     return p;
 }
 
-// exp(-|x|); what is no number stays none.
+// exp(-|x|); NaN stays NaN.
 VK_INLINE Pack exp_of_minus_magnitude(Pack x) {
     VK_EACH x.v[i] = (x.v[i] < 0.0f ? x.v[i] : -x.v[i]) * kLog2E;
     return exp2(x);
@@ -203,8 +204,8 @@ VK_INLINE Pack load_pack(const Vec* p) {
 }
 VK_INLINE void store_pack(Vec* p, Pack x) { VK_EACH p[i] = x.v[i]; }
 
-// Memory of this thread, kept for the next call and freed with the thread. Aligned to a cache line. Where there is none,
-// it is false, and nothing may be taken.
+// Memory of this thread, kept for the next call and freed with the thread. Aligned to a cache line. If allocation
+// fails, it is false and must not be used.
 class Scratch {
   public:
     explicit Scratch(int64_t vectors)
@@ -220,17 +221,17 @@ class Scratch {
     Vec* next;
 };
 
-// The product of two sizes, or more than there can be memory for: views may be far larger than their memory.
+// The product of two sizes, or more than any memory if it overflows: views may be far larger than their memory.
 VK_INLINE int64_t times(int64_t a, int64_t b) {
     int64_t product;
     return __builtin_mul_overflow(a, b, &product) ? int64_t(1) << 60 : product;
 }
 
-// What an entry point returns. Nothing is thrown, neither into torch's pool nor into Python.
+// Status of an entry point. No exception is thrown into torch's pool or into Python.
 enum Status : int64_t { kDone = 0, kOutOfMemory = 1 };
 
-// body(i) for i in [0, count), on all threads of torch's pool. It returns false if there is no memory; the others that
-// have not begun are left out then.
+// body(i) for i in [0, count), on all threads of torch's pool. It returns false if memory runs out; iterations that
+// have not begun are then skipped.
 template <class Body>
 Status parallel_for(int64_t count, const Body& body) {
     struct Context {

@@ -1,7 +1,7 @@
-// What the forward and the backward pass of SS2D share. Definition: ../../vision_kernels/ss2d/unfused.py.
+// Common parts of the forward and the backward pass of SS2D. Definition: ../../vision_kernels/ss2d/unfused.py.
 //
 // A block of 16 channels of one image is copied to thread-local memory, where each position is one cache line of
-// float32, whatever the type and the memory format of the image. There the four routes are walked one after the other.
+// float32, regardless of the type and memory format of the image. The four routes traverse it in turn.
 #pragma once
 #include "lanes.h"
 
@@ -26,7 +26,7 @@ VK_INLINE Channels* take(Scratch& scratch, int64_t count) {
 // The tensors are contiguous float32, except for x, which is float32 or bfloat16 with any strides.
 struct Problem {
     const View& x;            // (batch, dim, length)
-    const View& projections;  // (batch, length, route, rank + 2 states): the step size of low rank, B, C
+    const View& projections;  // (batch, length, route, rank + 2 states): the low-rank step size, B, C
     const View& dt_weight;    // (route, dim, rank)
     const View& dt_bias;      // (route, dim)
     const View& A;            // (route dim, states)
@@ -110,7 +110,7 @@ VK_INLINE Channels load_channels(const float* source, int64_t by_channel, int co
     return result;
 }
 
-// The skip weights of the routes, whose outputs are added up in the end.
+// The skip weights of the routes, whose outputs are summed at the end.
 VK_INLINE Channels skip_of(const Problem& problem, const Block& block) {
     Channels skip = {};
     for (int j = 0; j < kRoutes; ++j) {
@@ -153,7 +153,7 @@ struct Tile {
     int64_t count, padded;    // the latter is divisible by kRows; the last position is repeated
     int64_t position[kTile];  // in raster order
 
-    // From the beginning of a row or column to its end, then to the beginning of the next one; or all of it backwards.
+    // Each row or column from beginning to end, then the next one; or the reverse.
     Tile(const Route& route, int64_t begin) {
         count = minimum<int64_t>(kTile, route.length - begin);
         padded = (count + kRows - 1) / kRows * kRows;
@@ -193,11 +193,11 @@ VK_INLINE void step_sizes(const Route& route, const Tile& tile, Channels* step) 
         store_pack(flat + first, softplus(load_pack(flat + first)));
 }
 
-// The derivative of softplus where softplus is x: 1 - exp(-x), exact in relative terms for small x too.
+// The derivative of softplus where softplus is x: 1 - exp(-x), with a small relative error for small x too.
 VK_INLINE Pack softplus_slope(Pack x) {
     Pack shifted, p, scale;
     VK_EACH x.v[i] = larger(broadcast(-126.0f), x.v[i] * -kLog2E);
-    VK_EACH shifted.v[i] = x.v[i] + 12582912.0f;  // as in exp2, whose polynomial without the last term this is
+    VK_EACH shifted.v[i] = x.v[i] + 12582912.0f;  // the polynomial of exp2 without its last term
     VK_EACH x.v[i] -= shifted.v[i] - 12582912.0f;
     VK_EACH p.v[i] = x.v[i] * 1.333353869e-3f + 9.666245425e-3f;
     VK_EACH p.v[i] = p.v[i] * x.v[i] + 5.550500214e-2f;

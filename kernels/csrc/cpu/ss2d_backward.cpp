@@ -1,6 +1,6 @@
 // SS2D, backward. Overview: ss2d.h.
 //
-// Of the forward pass along a route, the step sizes and the states between tiles are recomputed and kept; the other
+// The step sizes and the states between tiles of the forward pass along a route are recomputed and kept; the other
 // states are recomputed tile by tile on the way back. With g the gradient of y and h that of the states,
 // h_t = g_t C_t + a_{t+1} h_{t+1}, where a = exp(step A).
 #include "ss2d.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kLn2 = 0.693147180559945309f;
 
-// Where a task adds up gradients of parameters, for a block of channels: [route][rank + 1 + states], then that of D.
+// Sums of the gradients of parameters of one task, for a block of channels: [route][rank + 1 + states], then that of D.
 struct ParameterSums {
     Channels* first;
     Channels* weight(const Route& route, int j) const { return first + j * (route.rank + 1 + route.states); }
@@ -82,7 +82,7 @@ void recompute(const Route& route, const Memory& memory) {
         const Tile tile(route, begin);
         Channels* step = memory.step + begin;
         step_sizes(route, tile, step);
-        if (begin + kTile >= route.length) break;  // nobody needs the last states
+        if (begin + kTile >= route.length) break;  // the last states are not needed
         for (int64_t t = 0; t < tile.count; ++t)
             VK_PARTS memory.drive[t].part[k] = step[t].part[k] * memory.x[tile.position[t]].part[k];
         const Channels* start = memory.start + number * route.states;
@@ -94,7 +94,7 @@ void recompute(const Route& route, const Memory& memory) {
     }
 }
 
-// Gradients by way of state n over a tile: of B, C and A, and added to those of drive and step.
+// Gradients through state n over a tile: of B, C and A, and contributions to those of drive and step.
 void state_backward(const Route& route, const Tile& tile, int64_t n, const Channels* step, const Channels& start,
                     const Memory& memory, Channels* grad_A) {
     float* columns = reinterpret_cast<float*>(memory.columns);
@@ -263,7 +263,7 @@ bool backward_block(const Problem& problem, const Block& block, const View& grad
 
 // A task handles some images and some blocks of channels, as the leading sizes of its two outputs say:
 // grad_projections (parts of the blocks, batch, length, route, rank + 2 states) and
-// grad_parameters (parts of the batch, block, ParameterSums::size, kBlock), both zero at first, to be added up.
+// grad_parameters (parts of the batch, block, ParameterSums::size, kBlock), both initially zero, to be summed.
 VK_ENTRY(ss2d_backward)
 (const View* grad_y, const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A,
  const View* D, int64_t step0, int64_t step1, int64_t step2, int64_t step3, const View* grad_x,
@@ -283,7 +283,7 @@ VK_ENTRY(ss2d_backward)
     });
 }
 
-// total = the sum over the leading dimension of parts (parts, size), in this order whatever the number of threads.
+// total = the sum over the leading dimension of parts (parts, size), in this order for any number of threads.
 VK_ENTRY(ss2d_add_up)(const View* parts, const View* total) {
     constexpr int64_t kChunk = 4096;
     const int64_t size = parts->size[1];

@@ -1,7 +1,7 @@
 // Depthwise convolution over time and SiLU. Definition: ../../vision_kernels/conv1d_silu.
 //
-// A thread has a few neighbouring channels and consecutive steps, whose inputs it asks for all at once, as vectors. Other
-// layouts and numbers of taps take a slower way, one element after the other.
+// A thread has a few neighbouring channels and consecutive steps, whose inputs it requests together, as vectors. Other
+// layouts and numbers of taps take a slower path, element by element.
 #include "elements.h"
 #include "functions.h"
 #include "sum_parts.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSteps = 8;            // consecutive steps of a thread of the forward pass
-constexpr int kBackwardSteps = 4;    // the same of the backward pass, which keeps more for each
+constexpr int kBackwardSteps = 4;    // the same in the backward pass, which keeps more per step
 constexpr int kBlockChannels = 128;  // of a block of the backward pass
 
 struct Shape {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_weights(const Tensors& all, int64_t channel
         for (int i = 0; i < kVector; ++i) weight[k][i] = weight_of(all, channel + i, k);
 }
 
-// Tells the compiler what it takes to be here.
+// Tells the compiler the conditions that hold here.
 __device__ __forceinline__ Tensors with_vectors(Tensors all) {
     all.x.vectors = all.grad_y.vectors = all.out.vectors = true;
     return all;
@@ -54,7 +54,7 @@ __device__ __forceinline__ Raw load_step(const Signal& signal, const Shape& shap
 template <int Taps>
 __global__ void __launch_bounds__(kThreads) forward(const Tensors given, const Shape shape) {
     const Tensors all = with_vectors(given);
-    // 32 bits number the tiles of a tensor that fits any memory, and divide faster than 64.
+    // 32 bits suffice for the tiles of any tensor that fits into memory, and divide faster than 64.
     const unsigned vectors = unsigned(shape.dim / kVector), tiles = unsigned((shape.length + kSteps - 1) / kSteps);
     const unsigned index = blockIdx.x * kThreads + threadIdx.x, row = index / vectors;
     const int64_t channel = index % vectors * kVector, t0 = int64_t(row % tiles) * kSteps, batch = row / tiles;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void backward_steps(const Tensors& all, const Shape& 
     for (int j = 0; j < kBackwardSteps + halo; ++j) {  // g of step t0 + j - after
         to_floats(raw_x[j + halo], all.x.dtype, x[(j + halo) % Taps]);
         to_floats(raw_g[j], all.grad_y.dtype, g[j % Taps]);
-        const bool own = j >= after && j < after + kBackwardSteps;  // the others are counted by their own thread
+        const bool own = j >= after && j < after + kBackwardSteps;  // the others belong to another thread
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
             float sum = 0;

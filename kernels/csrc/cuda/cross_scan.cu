@@ -1,7 +1,7 @@
-// Cross scan and cross merge: images along four routes, and the sequences of four routes back and added up.
+// Cross scan and cross merge: images along four routes, and their sequences merged back.
 // Definition: ../../vision_kernels/cross_scan.
 //
-// A block moves a square of one image through shared memory, so that whether rows or columns are adjacent, on either
+// A block moves a square of one image through shared memory, so that whether rows or columns are adjacent on either
 // side, neighbouring threads touch neighbouring elements.
 #include "launch.h"
 
@@ -11,12 +11,12 @@ constexpr int kRoutes = 4;
 constexpr int kSide = 32;  // of a square
 constexpr int kRows = 8;   // of it that threads handle at once
 
-// Where the pixels of an image lie: at start + row by_row + column by_column.
+// Location of the pixels of an image: start + row by_row + column by_column.
 struct Layout {
     int64_t start, by_row, by_column;
     bool turned;  // columns instead of rows are adjacent
 
-    // Those of a contiguous image, in the order of a route; `step` is the raster distance to the next position.
+    // For a contiguous image, in the order of a route; `step` is the raster distance to the next position.
     static Layout of_route(int64_t step, int64_t height, int64_t width) {
         const int64_t end = height * width - 1;
         if (step == 1) return {0, width, 1, false};
@@ -96,7 +96,7 @@ const char* run(void (*kernel)(const T*, T*, Images), void* stream, const View* 
 
 }  // namespace
 
-// x (batch, dim, height, width), with adjacent rows or columns if it is to be quick; y (batch, 4, dim, length), its
+// x (batch, dim, height, width), with adjacent rows or columns for speed; y (batch, 4, dim, length), its
 // sequences contiguous.
 VK_ENTRY(cross_scan_forward)
 (void* stream, const View* x, const View* y, int64_t step0, int64_t step1, int64_t step2, int64_t step3) {

@@ -1,8 +1,8 @@
-// Reading and writing tensors whose element type is known when a kernel runs, not when it is compiled. All threads of a
+// Loads and stores of tensors whose element type is a runtime parameter of the kernel. All threads of a
 // launch take the same branch, and one kernel serves every mixture of types.
 //
-// Elements are moved four at a time. They are kept as they lie in memory until they are used, so that a thread can ask
-// for those of the next tile before it works on this one.
+// Elements are moved four at a time. They are kept in their memory representation until they are used, so that a thread
+// can request those of the next tile before it processes this one.
 #pragma once
 #include "launch.h"
 

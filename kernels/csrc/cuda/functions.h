@@ -1,4 +1,4 @@
-// Functions in float32 that are quicker than the standard ones and as exact as the kernels need.
+// Functions in float32 that are faster than the standard ones and accurate enough for the kernels.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -37,11 +37,11 @@ __device__ __forceinline__ float sigmoid(float x) {
     return __fdividef(x < 0 ? e : 1.0f, 1 + e);
 }
 
-// The largest finite number instead of infinities, so that a product with zero is zero; what is no number stays none.
+// The largest finite number instead of infinities, so that a product with zero is zero; NaN stays NaN.
 constexpr float kLargest = 3.40282347e38f;
 __device__ __forceinline__ float finite(float x) { return x < -kLargest ? -kLargest : x > kLargest ? kLargest : x; }
 
-// At minus infinity the limit, -0. The quick division is 0 where the denominator is beyond 2^126.
+// At minus infinity the limit, -0. The fast division is 0 if the denominator exceeds 2^126.
 __device__ __forceinline__ float silu(float x) {
     return __fdividef(x < -kLargest ? -kLargest : x, 1 + exp2_fast(-kLog2E * x));
 }

@@ -10,9 +10,10 @@ __host__ __device__ constexpr int highest_bit(int mask) {
     return bit;
 }
 
-// Adds up each of Count values across the lanes whose numbers differ in the bits of Mask. The sums are shared out: a
-// lane has those from `first_sum` on at the beginning of `values`; if there are fewer than lanes, several have the same.
-// Halves the values with every exchange, so that Count sums cost about Count exchanges instead of Count for each bit.
+// Sums each of Count values across the lanes whose indices differ in the bits of Mask. The sums are distributed: a
+// lane has those from `first_sum` on at the beginning of `values`; if there are fewer than lanes, several have the
+// same. Halves the values with every exchange, so that Count sums cost about Count exchanges instead of Count for each
+// bit.
 template <int Mask, int Count>
 __device__ __forceinline__ void sum_across(float* values, int lane) {
     if constexpr (Mask != 0) {

@@ -1,7 +1,7 @@
-// What all kernels share: how they are entered and launched, and their element types.
+// Common parts of all kernels: entry points, launches and element types.
 //
-// No header of Python or torch. Kernels are launched through cudaLaunchKernelEx instead of <<<>>>, so that a C++ compiler
-// can build them too: tests/kernels/emulator runs them on the CPU.
+// No header of Python or torch. Kernels are launched through cudaLaunchKernelEx instead of <<<>>>, so that a C++
+// compiler can build them too: tests/kernels/emulator runs them on the CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,10 +9,10 @@
 
 #include "../view.h"
 
-// Functions that Python calls: they take a CUDA stream, then views and integers, and return what went wrong, or null.
+// Functions that Python calls: they take a CUDA stream, then views and integers, and return an error message or null.
 #define VK_ENTRY(name) extern "C" __attribute__((visibility("default"))) const char* name
 
-// Memory that a block shares, of the size given to `launch`.
+// Shared memory of a block, of the size given to `launch`.
 #ifndef VK_DYNAMIC_SHARED
 #define VK_DYNAMIC_SHARED(Type, name)                             \
     extern __shared__ __align__(16) unsigned char vk_shared[];    \

@@ -1,9 +1,9 @@
-// What a MambaVision mixer does between its outer projections. Definition: ../../vision_kernels/mamba_mixer.
+// MambaVision's mixer between its outer projections. Definition: ../../vision_kernels/mamba_mixer.
 //
-// A block has a window: one sequence with all its channels, so that nothing but the input is read and nothing but the
-// result is written. It keeps the convolved x, the step sizes in low rank, and B and C in shared memory. The products are
-// made by tensor cores. In the scan every warp is alone with eight channels, as many as a product has columns: it makes
-// the sizes of sixteen steps and takes them, with four lanes to a channel that keep its states in registers.
+// A block has a window: one sequence with all its channels, so that only the input is read and only the
+// result is written. It keeps the convolved x, the step sizes in low rank, and B and C in shared memory. The products
+// are computed by tensor cores. In the scan every warp has eight channels of its own, one per column of a product: it
+// computes sixteen step sizes and takes these steps, with four lanes per channel that keep its states in registers.
 #include "mma.cuh"
 #include "selective_scan.h"
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMostWarps = 28;  // more have too few registers
 constexpr int kTaps = 3;
-constexpr int kConvolved = 8;                          // consecutive steps whose inputs a thread asks for at once
+constexpr int kConvolved = 8;                          // consecutive steps whose inputs a thread requests together
 constexpr int kSteps = 16, kColumns = 8, kInner = 16;  // of a product: rows, columns, and what is summed over
 constexpr int kLanes = 4;                              // of a channel
 
@@ -25,7 +25,8 @@ struct Mixer {
 
 __host__ __device__ constexpr int rounded_up(int count, int unit) { return (count + unit - 1) / unit * unit; }
 
-// Elements from a row to the next of what products read: whole products, and different banks for what lanes read at once.
+// Elements from a row to the next of what products read: whole products, and different banks for what lanes read at
+// once.
 __host__ __device__ constexpr int row_of_products(int columns) {
     return rounded_up(columns - kInner, 2 * kInner) + kInner;
 }
@@ -38,7 +39,7 @@ template <class T, int S>
 struct Shared {
     static constexpr int kStates = kLanes * S, kCouplings = 2 * kStates;
     float2* steps;  // (warps, kSteps, kColumns): sizes, and those times x
-    // (steps, B | C) and (steps, rank), for whole products: what is behind the last step is never written, and read
+    // (steps, B | C) and (steps, rank), for whole products: rows after the last step are never written, and read
     // without effect.
     float* couplings;
     T* low;
@@ -61,7 +62,7 @@ struct Shared {
     }
 };
 
-// The convolution of x, to shared memory with zeros behind its channels, or of z, to the result. A thread has four
+// The convolution of x, to shared memory with zeros after its channels, or of z, to the result. A thread has four
 // channels and consecutive steps.
 template <bool IsZ, class T, int S>
 __device__ __forceinline__ void convolve(const Mixer& m, const Shared<T, S>& shared) {
@@ -120,7 +121,7 @@ __device__ __forceinline__ float2 load_two(const T* source) {
     }
 }
 
-// What a lane has of sixteen columns of two rows, those with its numbers g and g + 8. Both sides of a product take the
+// A lane's share of sixteen columns of two rows, those with its numbers g and g + 8. Both sides of a product take the
 // columns in an order in which the four of a lane are neighbours, from 4 q on.
 template <class T>
 __device__ __forceinline__ void load_rows(const T* upper, const T* lower, Split<kPartsOf<T>> (&a)[4]) {
@@ -139,7 +140,7 @@ __device__ __forceinline__ void load_rows(const T* upper, const T* lower, Split<
     }
 }
 
-// Weights of a row of `columns`, zeros behind its end, in as many parts as an element of T. Null: zeros. `by_fours`: the
+// Weights of a row of `columns`, zeros after its end, in as many parts as an element of T. Null: zeros. `by_fours`: the
 // columns are a multiple of four.
 template <class T>
 __device__ __forceinline__ void load_weights(const float* row, int column, int columns, bool by_fours,
@@ -181,11 +182,11 @@ __device__ __forceinline__ void project(const Mixer& m, const Shared<T, S>& shar
         const int first = index / across * 2 * kSteps, column = index % across * 2 * kColumns;
         const float* const left = projection_of<T, S>(m, column + g, first_low);
         const float* const right = projection_of<T, S>(m, column + kColumns + g, first_low);
-        const T* rows[4];  // behind the last: the last again
+        const T* rows[4];  // after the last one, the last again
 #pragma unroll
         for (int i = 0; i < 4; ++i) rows[i] = shared.x + min(first + i * 8 + g, m.length - 1) * shared.x_row + 4 * q;
         float c[2][2][4] = {};
-#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // registers are few
+#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // registers are scarce
         for (int k = 0; k < m.inner; k += kInner) {
             Split<kPartsOf<T>> a[4], b[2][2];
             load_weights<T>(left, k, m.inner, true, b[0]);
@@ -218,8 +219,8 @@ __device__ __forceinline__ void store_two(T* target, float first, float second) 
         *reinterpret_cast<unsigned*>(target) = pair_bits(first, second, kType<T>);
 }
 
-// The scan of eight channels from `first_channel` on. Where a lane has two channels at once they are 2 q and 2 q + 1, in
-// rows g and g + 8 of sixteen steps, as a product leaves them; in the recurrence it has the states of one.
+// The scan of eight channels from `first_channel` on. Where a lane has two channels at once they are 2 q and 2 q + 1,
+// in rows g and g + 8 of sixteen steps, as a product leaves them; in the recurrence it has the states of one.
 template <class T, int S>
 class Scan {
   public:
@@ -269,7 +270,7 @@ class Scan {
     Split<kPartsOf<T>> held[kHeld][2];  // the first of the weights
     scan::Recurring<S, false> own;
 
-    // Sizes of the steps from t on, and what drives the states.
+    // Step sizes from t on, and the inputs of the states.
     __device__ __forceinline__ void prepare(int t, float (&skip)[4]) {
         float size[4] = {bias[0], bias[1], bias[0], bias[1]};
         const T* const upper = shared.low + (t + g) * shared.low_row + 4 * q;
@@ -298,7 +299,7 @@ class Scan {
         }
     }
 
-    // The recurrence, whose results take the place of the sizes.
+    // The recurrence, whose results replace the step sizes.
     __device__ __forceinline__ void advance(int t) {
         constexpr int states = Shared<T, S>::kStates;
         const float* const couplings = shared.couplings + t * Shared<T, S>::kCouplings + Lanes::part(lane) * S;
@@ -343,14 +344,14 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) mix(const Mixer m) {
 
 template <class T, int S>
 const char* run(const Mixer& m, int64_t batch, int64_t warps, int64_t shared_bytes, void* stream) {
-    if (Shared<T, S>::bytes(m, int(warps)) != shared_bytes) return "shared memory was counted otherwise";
+    if (Shared<T, S>::bytes(m, int(warps)) != shared_bytes) return "wrong size of shared memory";
     return launch(mix<T, S>, unsigned(batch), unsigned(warps * 32), size_t(shared_bytes), stream, m);
 }
 
 }  // namespace
 
 // All tensors are contiguous and aligned to 16 bytes, all weights in float32; inner is a multiple of four of at most
-// 3584, and there are three taps. shared_bytes: what vision_kernels/mamba_mixer/cuda.py found to fit.
+// 3584, and there are three taps. shared_bytes: as computed by vision_kernels/mamba_mixer/cuda.py.
 VK_ENTRY(mamba_mixer_forward)(void* stream, const View* xz, const View* conv, const View* x_proj, const View* dt_proj,
                               const View* dt_bias, const View* A, const View* D, const View* delta_bias, const View* out,
                               int64_t warps, int64_t shared_bytes) {

@@ -1,10 +1,11 @@
-// Products of small matrices by a warp, on tensor cores where there are any.
+// Products of small matrices by a warp, on tensor cores if the GPU has them.
 //
 // The only instruction is mma.m16n8k16 on bfloat16 with sums in float32. Lane 4 g + q holds of the product
 // C (16 x 8) += A (16 x 16) B (16 x 8), with pairs of bfloat16 in one register:
 //   C: rows g and g + 8, columns 2 q and 2 q + 1; A: these rows, columns 2 q, 2 q + 1 and 2 q + 8, 2 q + 9;
 //   B: the rows 2 q, 2 q + 1 and 2 q + 8, 2 q + 9 of column g.
-// Numbers of higher precision are cut into a sum of bfloat16 numbers, and the products of the parts that matter added.
+// Numbers of higher precision are split into a sum of bfloat16 numbers, and the products of the relevant parts are
+// added.
 #pragma once
 #include "launch.h"
 
@@ -96,7 +97,7 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
 #endif
 }
 
-// C += A B of operands in parts. Products of parts that are smaller than kPrecision of them are left out.
+// C += A B of operands in parts. Negligible products, whose indices of parts add up to kPrecision or more, are skipped.
 template <int kPrecision, int kPartsOfA, int kPartsOfB>
 __device__ __forceinline__ void multiply(float& c0, float& c1, float& c2, float& c3, const Split<kPartsOfA> (&a)[4],
                                          const Split<kPartsOfB> (&b)[2]) {

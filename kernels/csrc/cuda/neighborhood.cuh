@@ -1,9 +1,9 @@
-// What the forward and the backward pass of neighborhood attention share. Definition:
+// Common parts of the forward and the backward pass of neighborhood attention. Definition:
 // ../../vision_kernels/neighborhood_attention.
 //
 // A warp takes 4 x 4 neighbouring positions of a map, queries or keys, and the rectangle of all positions that any of
 // them sees or is seen by. Products between the 16 positions and those of the rectangle, 8 or 16 at a time, come from
-// tensor cores (mma.cuh); pairs that do not see each other get the weight zero. Vectors are read where they are needed,
+// tensor cores (mma.cuh); pairs that do not see each other get the weight zero. Vectors are read when they are needed,
 // mostly from the cache of the multiprocessor: neighbouring warps read the same ones.
 #pragma once
 #include "functions.h"
@@ -20,7 +20,7 @@ template <class T>
 struct Maps {
     T* data;
     int64_t by_batch, by_head, by_row, by_column;
-    bool aligned;  // two dimensions can be loaded at once
+    bool aligned;  // two dimensions can be loaded together
 
     Maps() = default;
     explicit Maps(const View* view)
@@ -102,7 +102,7 @@ struct Square {
         count = (bottom - top) * columns;
     }
 
-    // Behind the last partner it is repeated.
+    // After the last partner it is repeated.
     __device__ __forceinline__ Position partner(int index) const {
         index = min(index, count - 1);
         const int row = int((index + 0.5f) * __fdividef(1.0f, float(columns)));

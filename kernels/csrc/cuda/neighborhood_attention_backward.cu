@@ -1,7 +1,7 @@
 // Neighborhood attention, backward. Overview: neighborhood.cuh.
 //
-// Weights are computed again, first by the queries, which leave behind what the keys need to compute them once more. So
-// each gradient is a sum that one warp owns, and nothing is added by atomics.
+// Weights are recomputed, first by the queries, which store what the keys need to recompute them again. So
+// each gradient is a sum owned by one warp, without atomics.
 #include "neighborhood.cuh"
 
 namespace {
@@ -56,8 +56,8 @@ __device__ __forceinline__ void add_to_table(const Problem& problem, const Squar
     }
 }
 
-// Statistics, and gradients of queries and bias. The warps of a head share out its squares, and each adds up a table of
-// its own: tables (heads, warps, (2 window - 1)^2), or null.
+// Statistics, and gradients of queries and bias. The squares of a head are divided among warps, each of which
+// accumulates a table of its own: tables (heads, warps, (2 window - 1)^2), or null.
 template <class T, int kDims>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     of_queries(const __grid_constant__ Problem problem, const __grid_constant__ Inputs<T> inputs, Statistics statistics,
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float &weight = weights[half][2 * i + k], &grad = grad_logits[half][2 * i + k];
-                    // Zero where the query does not see the key, even if the query's logits are no numbers.
+                    // Zero where the query does not see the key, even if the query's logits are NaN.
                     weight = weight == -INFINITY ? 0.0f : exp2_fast(weight * kLog2E - logarithm);
                     grad = weight == 0.0f ? 0.0f : weight * (grad - mean);
                 }
@@ -212,9 +212,9 @@ const char* run(void* stream, const Problem& problem, const Inputs<T>& inputs, c
 
 }  // namespace
 
-// Maps as for neighborhood_attention_forward, all of one type. Float32: statistics (2, batch, heads, height, width); tables
-// null, or (heads, warps, 2 window - 1, 2 window - 1), the parts of the gradient of the bias. warps: to share out the
-// queries of a head to, a multiple of 4.
+// Maps as for neighborhood_attention_forward, all of one type. Float32: statistics (2, batch, heads, height, width);
+// tables null, or (heads, warps, 2 window - 1, 2 window - 1), the parts of the gradient of the bias. warps: to share
+// out the queries of a head to, a multiple of 4.
 VK_ENTRY(neighborhood_attention_backward)
 (void* stream, const View* grad_out, const View* query, const View* key, const View* value, const View* bias,
  const View* statistics, const View* grad_query, const View* grad_key, const View* grad_value, const View* tables,

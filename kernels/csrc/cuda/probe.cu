@@ -1,4 +1,4 @@
-// Whether this library has code for the GPU at hand.
+// Checks whether this library has code for the current GPU.
 #include "launch.h"
 
 namespace {

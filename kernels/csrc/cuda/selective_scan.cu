@@ -1,4 +1,4 @@
-// Selective scan. Definition: ../../vision_kernels/selective_scan. How the work is shared out: selective_scan.h.
+// Selective scan. Definition: ../../vision_kernels/selective_scan. Division of the work: selective_scan.h.
 #include "selective_scan.h"
 
 namespace scan {
@@ -12,8 +12,9 @@ struct Recurrence {
     const float* starts;   // like the ends; null: zero
 };
 
-// What a thread has of a tile, four elements at a time: makes step sizes and what drives the states. Steps beyond the end
-// do not matter: no later one sees how they change the states. In reverse they come first, and must drive nothing.
+// A thread's share of a tile, four elements at a time: computes step sizes and the inputs of the states. Steps beyond
+// the end do not matter, because no later step sees the states they change. In reverse they come first, and must add
+// nothing.
 template <class L, bool Reverse>
 __device__ __forceinline__ void stage_steps(const Recurrence& r, int left, const SignalTile<L>& delta,
                                             const SignalTile<L>& driving, const float (&bias)[kChannels],
@@ -76,7 +77,7 @@ __device__ __forceinline__ void write_outputs(const Recurrence& r, const Place& 
     }
 }
 
-// Blocks that a multiprocessor shall hold. With ten and K = 2, the last stage of MambaVision is one wave on an H200.
+// Blocks that a multiprocessor should hold. With ten and K = 2, the last stage of MambaVision is one wave on an H200.
 constexpr int resident_blocks(int K, int S) { return K == 1 ? 16 : K == 2 ? 10 : S == 4 ? 4 : 8; }
 
 template <int K, int S, int Type, bool Reverse>
@@ -177,7 +178,7 @@ __global__ void join(const Problem p, float* ends, const float* totals, bool rev
     }
 }
 
-// From so many blocks on, two lanes for a channel occupy a large GPU, and they have less to do together than four.
+// From this many blocks on, two lanes per channel occupy a large GPU, and do less work in total than four.
 constexpr int64_t kManyBlocks = 512;
 
 template <bool Reverse>

@@ -1,8 +1,8 @@
-// What the passes of the selective scan share.
+// Common parts of the passes of the selective scan.
 //
-// A block has 32 channels of one group of one batch entry, and walks through a chunk of the steps in tiles. K lanes share
-// a channel, each with S of its states in registers, so a block has K warps. Inputs of a tile are brought to float32 in
-// shared memory by all threads together: with softplus, once for each channel and not for each state.
+// A block has 32 channels of one group of one batch entry, and walks through a chunk of the steps in tiles. K lanes
+// share a channel, each with S of its states in registers, so a block has K warps. Inputs of a tile are converted to
+// float32 in shared memory by all threads together: with softplus, once per channel instead of once per state.
 #pragma once
 #include "elements.h"
 #include "functions.h"
@@ -15,8 +15,8 @@ constexpr int kChannels = 32;  // of a block
 template <int K, int S, int Steps>
 struct Layout {
     static constexpr int kThreads = kChannels * K, kStates = K * S, kSteps = Steps;
-    // Lanes of a channel differ in bits 0 and 2. Neighbours in either bit then read the same address, of a channel or of
-    // a state, and shared memory serves wide reads of such pairs at once.
+    // Lanes of a channel differ in bits 0 and 2. Neighbours in either bit then read the same address, of a channel or
+    // of a state, and shared memory serves wide reads of such pairs at once.
     static constexpr int kStateMask = K == 4 ? 5 : K - 1, kChannelMask = 31 - kStateMask;
     static constexpr int kVectors = (Steps * kChannels / kVector + kThreads - 1) / kThreads;  // of a thread and signal
     static constexpr int kCouplings = (Steps * kStates + kThreads - 1) / kThreads;
@@ -53,13 +53,13 @@ struct Problem {
     unsigned blocks() const { return unsigned(batch * groups * group_blocks); }
 };
 
-// What a block works on.
+// The work of a block.
 struct Place {
     int64_t batch, group, block, channel;  // the first channel
     int channels, chunk, begin, end;       // steps from begin to end
 
     __device__ explicit Place(const Problem& p) {
-        const unsigned blocks = unsigned(p.group_blocks), groups = unsigned(p.groups);  // 64 bits divide slowly
+        const unsigned blocks = unsigned(p.group_blocks), groups = unsigned(p.groups);  // 64-bit division is slow
         block = blockIdx.x % blocks;
         group = blockIdx.x / blocks % groups;
         batch = blockIdx.x / blocks / groups;
@@ -71,7 +71,7 @@ struct Place {
     }
 };
 
-// Where in a tile the four elements lie that a thread moves in one go.
+// Place in a tile of the four elements that a thread moves at once.
 struct Spot {
     int step, channel;  // the first of them; beyond the tile if there are more threads than elements
 };
@@ -197,7 +197,7 @@ __device__ __forceinline__ void load_states(const float* source, float (&values)
     }
 }
 
-// What a lane has of a channel.
+// A lane's share of a channel.
 template <int S, bool Reverse>
 struct Recurring {
     float rates[S], state[S];
@@ -271,8 +271,8 @@ inline Problem problem_of(const View& u, const View& delta, const View& A, const
     return p;
 }
 
-// What models give in mixed precision: all of one 16-bit type, channels adjacent in memory. Kernels compiled for it have
-// fewer instructions around the recurrence; kAnyType stands for the kernel that takes everything.
+// The common case in mixed precision: all of one 16-bit type, channels adjacent in memory. Kernels compiled for it have
+// fewer instructions around the recurrence; kAnyType stands for the general kernel.
 constexpr int kAnyType = -1;
 
 inline int packed_type(const Problem& p) {
@@ -281,7 +281,7 @@ inline int packed_type(const Problem& p) {
     return same && type != kFloat32 && !p.along_steps && p.u.vectors && p.delta.vectors ? type : kAnyType;
 }
 
-// Tells the compiler what `packed_type` found out.
+// Tells the compiler the result of `packed_type`.
 template <int Type>
 __device__ __forceinline__ void assume_packed(Problem& p) {
     if constexpr (Type != kAnyType) {
@@ -302,7 +302,7 @@ const char* for_packed(int type, const Body& body) {
     return body(Number<kAnyType>());
 }
 
-// Calls body(K, S, type) with what suits a number of states.
+// Calls body(K, S, type) with the best values for a number of states.
 template <class Body>
 const char* for_states(int states, int type, const Body& body) {
     const auto with_type = [&](auto lanes, auto own) {
@@ -315,9 +315,9 @@ const char* for_states(int states, int type, const Body& body) {
     return "more than 16 states";
 }
 
-// The recurrence over each chunk, from zero, without output: what it ends with, and the sum of its step sizes.
-// `reverse`: of the gradients of the states, which go from later to earlier chunks. Then makes of the ends what each
-// chunk begins with. `driving` is u, or the gradient of y.
+// The recurrence over each chunk, from zero, without output: its final state, and the sum of its step sizes.
+// `reverse`: of the gradients of the states, which go from later to earlier chunks. Then replaces the final states by
+// those with which each chunk begins. `driving` is u, or the gradient of y.
 const char* start_chunks(Problem p, const Signal& driving, bool reverse, float* ends, float* totals, void* stream);
 
 }  // namespace scan

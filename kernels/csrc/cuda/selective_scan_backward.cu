@@ -1,9 +1,9 @@
-// Gradients of the selective scan. How the work is shared out: selective_scan.h.
+// Gradients of the selective scan. Division of the work: selective_scan.h.
 //
-// With g the gradient of y and h that of the states, time reversed: h_t = g_t C_t + a_{t+1} h_{t+1}, a = exp(delta A). A
-// block goes through its chunk forwards and keeps the states with which the tiles begin, then backwards, and recomputes
-// the states of one tile after the other in registers. Gradients that sum over channels, steps or batch entries are
-// summed up in a fixed order: in a block, then over the blocks by `sum_parts`.
+// With g the gradient of y and h that of the states, time reversed: h_t = g_t C_t + a_{t+1} h_{t+1}, a = exp(delta A).
+// A block goes through its chunk forwards and keeps the states with which the tiles begin, then backwards, and
+// recomputes the states of one tile after the other in registers. Gradients that sum over channels, steps or batch
+// entries are summed in a fixed order: in a block, then over the blocks by `sum_parts`.
 #include "selective_scan.h"
 #include "sum_parts.h"
 
@@ -22,7 +22,7 @@ struct Gradients {
     const float *starts, *carries;  // of the chunks, (chunks, batch, dim, states); null: zero
 };
 
-// Step size, u, gradient of y, and what the gradient of the step size is to be multiplied with.
+// Step size, u, gradient of y, and the factor of the gradient of the step size.
 using Step = float4;
 
 template <class L>
@@ -163,7 +163,7 @@ __device__ __forceinline__ void differentiate(Lane<S>& own, Shared<L>& shared) {
     sum_channels<L, S>(shares, own.first, shared.of_B[warp]);
 }
 
-// What a tile gives to the gradients of u and delta, and to the block's part of those of B and C.
+// Contributions of a tile to the gradients of u and delta, and to the block's part of those of B and C.
 template <class L>
 __device__ __forceinline__ void write_tile(const Gradients& r, const Place& place, int left, int tile, Walk<L>& of_u,
                                            Walk<L>& of_delta, const Shared<L>& shared) {
@@ -280,9 +280,9 @@ float* floats(const View* view) { return view ? static_cast<float*>(view->data) 
 }  // namespace
 }  // namespace scan
 
-// Gradients, each with the parts that it is summed up from, in float32: of_A, of_D and of_bias from (chunks x batch, ..),
-// of_B and of_C from (blocks of 32 channels, ..). starts, carries: (chunks, batch, dim, states), totals: (chunks, batch,
-// dim), absent if there is one chunk. checkpoints: a state of each block's channels for every kTile steps.
+// Gradients, each with its partial sums, in float32: of_A, of_D and of_bias from (chunks x batch, ..),
+// of_B and of_C from (blocks of 32 channels, ..). starts, carries: (chunks, batch, dim, states), totals: (chunks,
+// batch, dim), absent if there is one chunk. checkpoints: a state of each block's channels for every kTile steps.
 VK_ENTRY(selective_scan_backward)(void* stream, const View* grad_y, const View* u, const View* delta, const View* A,
                                   const View* B, const View* C, const View* D, const View* bias, int64_t softplus,
                                   int64_t channels_last, int64_t chunk, const View* of_u, const View* of_delta,
@@ -307,7 +307,7 @@ VK_ENTRY(selective_scan_backward)(void* stream, const View* grad_y, const View* 
         error = start_chunks(p, p.u, false, floats(starts), floats(totals), stream);
         if (!error) error = start_chunks(p, r.y, true, floats(carries), floats(totals), stream);
     }
-    const bool vectors = r.y.vectors && r.u.vectors && r.delta.vectors;  // the gradients may lie another way than u
+    const bool vectors = r.y.vectors && r.u.vectors && r.delta.vectors;  // gradients may have another layout than u
     if (!error)
         error = for_states(p.states, vectors ? packed_type(p) : kAnyType, [&](auto lanes, auto states, auto type) {
             constexpr int K = decltype(lanes)::value, S = decltype(states)::value, kType = decltype(type)::value;

@@ -1,18 +1,18 @@
-// SS2D, forward, and the states from which parts of a route can be computed at once. Overview: ss2d.cuh.
+// SS2D, forward, and the states from which parts of a route can be computed in parallel. Overview: ss2d.cuh.
 //
-// One block computes all routes of 16 channels of an image one after the other, and adds up their outputs in float32, in
-// shared memory if the image fits. If there are few images, and large ones, each round of a route has a block of its own
-// instead: the states between rounds are computed in advance, and the routes are launched one after the other.
+// One block computes all routes of 16 channels of an image in turn, and sums their outputs in float32, in
+// shared memory if the image fits. If there are few images, and large ones, each round of a route has a block of its
+// own instead: the states between rounds are computed in advance, and the routes are launched in turn.
 #include "ss2d.cuh"
 
 namespace {
 
-// Registers are enough for 8 positions of one state, or 4 of several. Maps of 7 x 7 and multiples of it are cut into
+// Registers suffice for 8 positions of one state, or 4 of several. Maps of 7 x 7 and multiples of it are divided into
 // segments of 7, for which there are kernels without an eighth position.
 constexpr int kForwardSteps = 8;
 constexpr int kForwardThreads = 448;
 
-// Where the outputs of routes are added up.
+// Sums of the outputs of the routes.
 struct Sums {
     float* data;  // (batch, length, pitch); null if it is in shared memory, (length, kTile)
     int pitch;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kForwardThreads)
         }
 }
 
-// The map of each round, and of the gradients if kGradients: G before the round <- factor G behind it + offset.
+// The map of each round, and of the gradients if kGradients: G before the round <- factor G after it + offset.
 template <class P, int kSteps, bool kGradients>
 __global__ void __launch_bounds__(kForwardThreads)
     summarize(const __grid_constant__ P problem, Rounds rounds, Image grad_y) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kForwardThreads)
 
 constexpr int kThreads = 256;
 
-// Replaces offsets by the states before each round, and those of gradients by the gradients behind it.
+// Replaces offsets by the states before each round, and those of gradients by the gradients after it.
 __global__ void __launch_bounds__(kThreads) carry(Rounds rounds, int64_t routes, bool gradients) {
     const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = int64_t(rounds.states) * rounds.pitch;
     if (index >= routes * row) return;

@@ -1,8 +1,8 @@
-// What the forward and the backward pass of SS2D share. Definition: ../../vision_kernels/ss2d/unfused.py.
+// Common parts of the forward and the backward pass of SS2D. Definition: ../../vision_kernels/ss2d/unfused.py.
 //
 // A warp takes 16 channels and 8 segments of a route, each of up to kSteps successive positions. Its lane 4 g + q holds
 // the channels 4 q ... 4 q + 3 of segment g, as products of matrices return them (mma.cuh): step sizes come from tensor
-// cores. A segment maps the state before it to that behind it, h -> factor h + offset. Lanes compose these maps by
+// cores. A segment maps the state before it to the state after it, h -> factor h + offset. Lanes compose these maps by
 // shuffles and warps through shared memory: a block passes through a route in rounds of 8 segments a warp.
 #pragma once
 #include "functions.h"
@@ -13,7 +13,7 @@ namespace {
 constexpr int kRoutes = 4;
 constexpr int kTile = 16;  // channels of a warp
 
-// How many numbers of bfloat16 stand for a weight and for a gradient.
+// Numbers of bfloat16 whose sum represents a weight, and a gradient.
 constexpr int kWeightParts = 3;
 template <class T>
 constexpr int kGradientParts = sizeof(T) == 4 ? 3 : 2;
@@ -46,7 +46,7 @@ struct Problem {
           rank(int(dt_weight->size[2])), given_states(int(A->size[1])), steps(int(steps)), rounds(int(rounds)) {
         for (int j = 0; j < kRoutes; ++j) {
             step[j] = int(route_steps[j]);
-            if (abs(step[j]) == length) step[j] /= length;  // lines of one position are one line of all
+            if (abs(step[j]) == length) step[j] /= length;  // lines of one position form a single line
             in_line[j] = length / abs(step[j]);
         }
     }
@@ -79,7 +79,7 @@ struct Lane {
     __device__ Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), q(threadIdx.x % 4) {}
 };
 
-// The derivative of softplus where softplus is x: 1 - exp(-x), exact in relative terms for small x too.
+// The derivative of softplus where softplus is x: 1 - exp(-x), with a small relative error for small x too.
 __device__ __forceinline__ float softplus_slope(float x) {
     const float series =
         x * (1 - x * (1.0f / 2 - x * (1.0f / 6 - x * (1.0f / 24 - x * (1.0f / 120 - x * (1.0f / 720))))));
@@ -128,14 +128,15 @@ __device__ __forceinline__ void load_two(const T* source, float& first, float& s
     }
 }
 
-// The positions of one segment. Behind the end of the route others follow: loads need no conditions.
+// The positions of one segment. Positions continue after the end of the route, so that loads need no conditions.
 template <int kSteps>
 struct Segment {
     int count;
     int position[kSteps];  // in raster order
 
-    // From the beginning of a row or column to its end, then to the beginning of the next one; or all of it backwards.
-    // A step across the end of a line goes beyond the image, and from there to the next line: the same way for all lines.
+    // Each row or column from beginning to end, then the next one; or the reverse.
+    // A step across the end of a line goes beyond the image, and from there to the next line: the same way for all
+    // lines.
     __device__ __forceinline__ Segment(int first, int steps, int step, unsigned in_line, int length) {
         count = max(0, min(steps, length - first));
         const unsigned t = min(first, length - 1), line = t / in_line;
@@ -150,8 +151,8 @@ struct Segment {
     }
 };
 
-// What lies `position` times `stride` elements behind. Strides in bytes fit into 32 bits, so that it is one instruction
-// from a position to an address.
+// The address `position` times `stride` elements further on. Strides in bytes fit into 32 bits, so it takes one
+// instruction to get from a position to an address.
 template <class T>
 __device__ __forceinline__ T* at_position(T* image, int position, int stride) {
     using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -159,7 +160,7 @@ __device__ __forceinline__ T* at_position(T* image, int position, int stride) {
     return reinterpret_cast<T*>(reinterpret_cast<Byte*>(image) + uint64_t(unsigned(position)) * bytes);
 }
 
-// Four channels at the positions of a segment; zeros behind its end, or if the channels do not exist.
+// Four channels at the positions of a segment; zeros after its end, or if the channels do not exist.
 template <class T, int kSteps>
 __device__ __forceinline__ void load_segment(const T* image, int stride, const Segment<kSteps>& segment, bool exist,
                                              float (&target)[kSteps][4]) {
@@ -220,7 +221,7 @@ struct Work {
           segment((round * int(blockDim.x / 4) + lane.warp * 8 + lane.g) * problem.steps, problem.steps,
                   problem.step[route], problem.in_line[route], problem.length) {}
 
-    // Channels that do not exist get the numbers of others: what comes of them is not written.
+    // Channels that do not exist use the numbers of others; their results are not written.
     __device__ __forceinline__ int some_channel() const { return min(channel, problem.dim - 4); }
     __device__ __forceinline__ int64_t parameters() const { return int64_t(route) * problem.dim + some_channel(); }
 
@@ -263,8 +264,8 @@ struct Work {
         for (int c = 0; c < 4; ++c) rate[c] = finite(A[c * problem.states()] * kLog2E);
     }
 
-    // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks. In place of those that do not
-    // exist stand others, whose weights are zero.
+    // The rows are positions 2 i (of all segments), then 2 i + 1; the columns 16 ranks. Ranks that do not
+    // exist are replaced by others with zero weights.
     __device__ __forceinline__ void load_low(int i, int rank, Split<kPartsOf<T>> (&low)[4]) const {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -283,7 +284,7 @@ struct Work {
         for (int i = 0; i < kCount; ++i) weights[i] = exist ? source[i] : 0.0f;
     }
 
-    // softplus(dt_weight low + dt_bias); zero behind the end, which leaves states as they are.
+    // softplus(dt_weight low + dt_bias); zero after the end, which leaves states unchanged.
     __device__ __forceinline__ void step_sizes(float (&step)[kSteps][4]) const {
         float none[4] = {};  // the last row of products if kSteps is odd
 #pragma unroll
@@ -323,12 +324,12 @@ struct Work {
     }
 };
 
-// What a run of positions does to a state in front of it: h -> factor h + offset. In the other direction gradients of
-// states take the same form, with the same factor.
+// The effect of consecutive positions on the state before them: h -> factor h + offset. In the other direction
+// gradients of states take the same form, with the same factor.
 struct Map {
     float factor, offset;
 
-    // This one behind another.
+    // The composition of this map after another.
     __device__ __forceinline__ void follow(float earlier_factor, float earlier_offset) {
         offset += factor * earlier_offset;
         factor *= earlier_factor;
@@ -348,7 +349,7 @@ __device__ __forceinline__ Map compose(Map map, int g) {
     }
     return map;
 }
-// Of the segments before (or, not kForwards, behind) this one.
+// Of the segments before this one, or after it if not kForwards.
 template <bool kForwards>
 __device__ __forceinline__ Map exclude(Map map, int g) {
     const float factor = kForwards ? __shfl_up_sync(~0u, map.factor, 4) : __shfl_down_sync(~0u, map.factor, 4);
@@ -366,7 +367,7 @@ __device__ __forceinline__ void apply(const float* factors, const float* offsets
 }
 
 // Maps of the rounds, (kind, batch, route, round, states, tiles * kTile): factors, offsets, and those of gradients. The
-// latter two are replaced by the states before each round and the gradients behind it.
+// latter two are replaced by the states before each round and the gradients after it.
 struct Rounds {
     float* data;
     int64_t kind;  // floats from one kind to the next
@@ -383,7 +384,7 @@ struct Rounds {
     }
 };
 
-// What drives one state: step x B.
+// The input of one state: step x B.
 template <int kSteps>
 __device__ __forceinline__ void inputs(const float (&drive)[kSteps][4], const float (&B)[kSteps],
                                        float (&input)[kSteps][4]) {

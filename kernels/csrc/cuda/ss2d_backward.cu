@@ -1,7 +1,7 @@
 // SS2D, backward. Overview: ss2d.cuh.
 //
-// States and step sizes are computed again. With the states before each round of a route and the gradients behind it
-// (ss2d_maps), all rounds can be computed in any order. Nothing is added by atomics: gradients that sum over channels
+// States and step sizes are recomputed. With the states before each round of a route and the gradients after it
+// (ss2d_maps), all rounds can be computed in any order. There are no atomics: gradients that sum over channels
 // have a copy for each set of tiles that one block handles, those that sum over images one for each set of images.
 #include "ss2d.cuh"
 
@@ -18,7 +18,7 @@ struct Gradients {
     float* parameters;   // (sets, route, rows, tiles * kTile), rows: weights of the ranks, bias, A of the states, D
 };
 
-// What a block computes: tiles part, part + parts, ... of images group, group + groups, ...
+// The work of a block: tiles part, part + parts, ... of images group, group + groups, ...
 struct Share {
     int parts, groups;
     bool split;  // each round has a block
@@ -42,7 +42,7 @@ struct Round {
     const Gradients& gradients;
     float* row_sums;   // (rows, kTile) of this warp
     float* projected;  // gradients of the projections, at position 0
-    bool first;        // nothing was added to these yet
+    bool first;        // nothing has been added to these yet
     float step[kSteps][4], x[kSteps][4], grad_y[kSteps][4], grad_step[kSteps][4], grad_drive[kSteps][4];
 
     __device__ __forceinline__ Round(const Work<P, kSteps>& work, const Gradients& gradients, float* row_sums,
@@ -81,7 +81,7 @@ struct Round {
         if (q < work.segment.count) *target = first ? sum : *target + sum;
     }
 
-    // `behind` is the gradient of the state behind the round, times its decay; `published` of this state has the maps of
+    // `behind` is the gradient of the state after the round, times its decay; `published` of this state has the maps of
     // all warps, (warps, 3, kTile).
     __device__ __forceinline__ void recur(int n, const float* before, const float* behind, float* published) {
         const Lane lane = work.lane;
@@ -149,7 +149,7 @@ struct Round {
         add_to_row(rank + 1 + n, grad_A);
     }
 
-    // Adds up gradients of x over the routes, the last of which writes them.
+    // Sums gradients of x over the routes; the last route writes them.
     __device__ __forceinline__ void add_to_x(float* total, int pitch) const {
         float skip[4] = {}, sum[kSteps][4] = {};
         if (work.route == 0)
@@ -167,7 +167,7 @@ struct Round {
             gradients.x.store(work.batch, work.segment, work.channel, sum);
     }
 
-    // Gradients of what the step sizes are made of.
+    // Gradients of the factors of the step sizes.
     __device__ __forceinline__ void through_step_sizes() {
         const P& problem = work.problem;
         float of_bias[4] = {}, of_skip[4] = {};
@@ -325,9 +325,9 @@ const char* run(void* stream, const P& problem, const Rounds& maps, const Gradie
 
 }  // namespace
 
-// Inputs as for ss2d_forward, and maps from ss2d_maps with grad_y, or null if there is one round. grad_x: as x. Float32:
-// sums as for ss2d_forward; grad_projections (parts, batch, length, 4, rank + 2 states); grad_parameters (sets, 4, rank +
-// states + 2, 16 tiles) with a set for each of `groups`, and round, if split.
+// Inputs as for ss2d_forward, and maps from ss2d_maps with grad_y, or null if there is one round. grad_x: as x.
+// Float32: sums as for ss2d_forward; grad_projections (parts, batch, length, 4, rank + 2 states); grad_parameters
+// (sets, 4, rank + states + 2, 16 tiles) with a set for each of `groups`, and round, if split.
 VK_ENTRY(ss2d_backward)
 (void* stream, const View* x, const View* projections, const View* dt_weight, const View* dt_bias, const View* A,
  const View* D, int64_t step0, int64_t step1, int64_t step2, int64_t step3, int64_t warps, int64_t steps, int64_t rounds,

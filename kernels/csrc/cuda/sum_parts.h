@@ -14,7 +14,8 @@ constexpr int kMostTensors = 5;
 // Sums up all tensors at once. Returns what went wrong, or null.
 const char* sum_parts(const Parts (&tensors)[kMostTensors], void* stream);
 
-// The sum over the leading dimension of `parts` goes to `sum`, of `dims` dimensions, both contiguous. No work if absent.
+// The sum over the leading dimension of `parts` goes to `sum`, of `dims` dimensions, both contiguous. No work if
+// absent.
 inline Parts parts_of(const View* parts, const View* sum, int dims) {
     if (!parts || !sum) return {};
     int64_t elements = 1;

@@ -1,4 +1,4 @@
-"""Short depthwise convolution over time followed by SiLU: what stands in front of the scan in a Mamba mixer."""
+"""Short depthwise convolution over time followed by SiLU: the layer before the scan in a Mamba mixer."""
 
 from vision_kernels.conv1d_silu.op import conv1d_silu
 

@@ -1,39 +1,41 @@
-"""Convolution and SiLU in C++ (csrc/cpu/conv1d_silu.cpp), for float32 and bfloat16; other types are converted."""
+"""Convolution and SiLU in C++ (csrc/cpu/conv1d_silu.cpp), for float32 and bfloat16; other dtypes are converted."""
 
 import torch
 from torch import Tensor
 
-from vision_kernels import native
+from vision_kernels.conv1d_silu.arguments import ConvArguments
+from vision_kernels.native import Library
+from vision_kernels.views import contiguous_like, in_dtype
 
 _STEPS_PER_TASK = 32
 
 
-def conv1d_silu_cpu(instruction_set: str, x: Tensor, weight: Tensor) -> Tensor:
-    """Return (batch, length, dim) with the dtype of x."""
-    source, kernel = _inputs(x, weight)
-    y = torch.empty_like(source, memory_format=torch.contiguous_format)
-    native.call("conv1d_silu_forward", instruction_set, source, kernel, y, _chunks(x))
-    return y.to(x.dtype)
+def forward(library: Library, given: ConvArguments) -> Tensor:
+    """Return (batch, length, dim)."""
+    x, weight = _readable(given)
+    y = contiguous_like(x)
+    library.call("conv1d_silu_forward", x, weight, y, _chunks(x))
+    return y
 
 
-def conv1d_silu_cpu_backward(instruction_set: str, grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def backward(library: Library, grad_y: Tensor, given: ConvArguments) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight."""
-    source, kernel = _inputs(x, weight)
-    grad_y = _channels_adjacent(grad_y.to(source.dtype))
-    grad_x = torch.empty_like(source, memory_format=torch.contiguous_format)
-    partial = kernel.new_empty(x.shape[0], _chunks(x), *kernel.t().shape)
-    native.call("conv1d_silu_backward", instruction_set, grad_y, source, kernel, grad_x, partial, _chunks(x))
-    return grad_x.to(x.dtype), partial.sum((0, 1)).t().to(weight.dtype)
+    x, weight = _readable(given)
+    grad_y = _channels_adjacent(in_dtype(grad_y, x.dtype))
+    grad_x, parts = contiguous_like(x), weight.new_empty(x.shape[0], _chunks(x), *weight.t().shape)
+    library.call("conv1d_silu_backward", grad_y, x, weight, grad_x, parts, _chunks(x))
+    return grad_x, parts.sum((0, 1)).t()
 
 
 def _chunks(x: Tensor) -> int:
-    """Time is cut into as many tasks; a function of the shape alone, so that sums are the same on any machine."""
+    """Return the number of tasks along time, a function of the shape alone: sums are the same on any machine."""
     return max(1, x.shape[1] // _STEPS_PER_TASK)
 
 
-def _inputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    x = x if x.dtype == torch.bfloat16 else x.float()
-    return _channels_adjacent(x), weight.float()
+def _readable(given: ConvArguments) -> tuple[Tensor, Tensor]:
+    x, weight = given
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    return _channels_adjacent(in_dtype(x, dtype)), in_dtype(weight, torch.float32)
 
 
 def _channels_adjacent(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The Triton kernels of the convolution with SiLU.
+"""Triton kernels for the convolution with SiLU.
 
-Limited by memory: a program computes a tile (time, channels) with channels to lanes, and reads it again for each tap,
-which the first-level cache answers.
+They are limited by memory bandwidth: a program computes a tile (time, channels) with one lane per channel, and reads it
+again for each tap from the first-level cache.
 """
 
 import triton
@@ -12,7 +12,7 @@ from vision_kernels.triton_math import silu, silu_slope
 
 @triton.jit
 def _place(length, dim, time_blocks, channel_blocks, TIME: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return batch entry, number of the block of time, steps and channels."""
+    """Return the batch entry, the index of the block of time, the steps and the channels."""
     program = tl.program_id(0)
     channel = program % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
     block = program // channel_blocks % time_blocks
@@ -55,14 +55,14 @@ def conv_backward(
     grad_y, x, weight, grad_x, grad_weight, length, dim, time_blocks, channel_blocks, g_b, g_t, g_d, x_b, x_t, x_d,
     TAPS: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write grad_x (batch, length, dim), contiguous, and parts (batch, time_blocks, TAPS, dim) of the weight's."""
+    """Write grad_x (batch, length, dim), contiguous, and parts (batch, time_blocks, TAPS, dim) of grad_weight."""
     entry, block, time, channel = _place(length, dim, time_blocks, channel_blocks, TIME, CHANNELS)
     x += entry * x_b
     grad_y += entry * g_b
     total = tl.zeros((TIME, CHANNELS), tl.float32)
     part = grad_weight + (entry * time_blocks + block) * TAPS * dim + channel
     for tap in tl.static_range(TAPS):
-        # What x_t gave to the output of step t - (tap - before) comes back from there.
+        # x_t contributes to the output of step t - (tap - before), so its gradient comes from there.
         shift = tap - (TAPS - 1) // 2
         convolved = _convolved(x, weight, time - shift, channel, length, dim, x_t, x_d, TAPS)
         grad = _at(grad_y, time - shift, channel, length, dim, g_t, g_d) * silu_slope(convolved)

@@ -1,45 +1,41 @@
-"""`cross_scan` and `cross_merge`: argument checks, choice of the implementation, registration.
+"""`cross_scan` and `cross_merge`: argument checks, backends, registration.
 
-Each is linear, and the gradient of the other, so that both can be differentiated any number of times.
+Each is linear and the gradient of the other, so both can be differentiated any number of times.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vision_kernels.arguments import check_dims, check_moved
-from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
-from vision_kernels.cross_scan.cpu import cross_merge_cpu, cross_scan_cpu, why_unable
-from vision_kernels.cross_scan.cuda import cross_merge_cuda, cross_scan_cuda
-from vision_kernels.cross_scan.cuda import why_unable as why_unable_on_cuda
-from vision_kernels.cross_scan.reference import cross_merge_reference, cross_scan_reference
+from vision_kernels.arguments import CPU_DTYPES, GPU_DTYPES, check_dims, check_moved
+from vision_kernels.backends import Implementation, Operator
+from vision_kernels.cross_scan import compiled, reference, torch_routes
 from vision_kernels.cross_scan.routes import check_routes
-from vision_kernels.cross_scan.torch_routes import cross_merge_torch, cross_scan_torch
 from vision_kernels.cuda import compiled_for_cuda
+from vision_kernels.native import compiled_for_cpu
 from vision_kernels.registration import define
-from vision_kernels.triton_support import compiled_by_triton, why_not_of_16_or_32_bits
+from vision_kernels.triton_support import compiled_by_triton
 
-_TRITON = "vision_kernels.cross_scan.triton_routes"
 
-SCAN = Operator(
-    "cross_scan",
-    (
-        compiled_for_cuda(cross_scan_cuda, None, why_unable_on_cuda),
-        *compiled_for_cpu(cross_scan_cpu, None, why_unable),
-        compiled_by_triton(_TRITON, "cross_scan_triton", None, why_not_of_16_or_32_bits),
-        Implementation("torch", cross_scan_torch, None, "PyTorch's transposition and flip"),
-        Implementation("reference", cross_scan_reference, None, "the definition, a table of positions"),
-    ),
-)
-MERGE = Operator(
-    "cross_merge",
-    (
-        compiled_for_cuda(cross_merge_cuda, None, why_unable_on_cuda),
-        *compiled_for_cpu(cross_merge_cpu, None, why_unable),
-        compiled_by_triton(_TRITON, "cross_merge_triton", None, why_not_of_16_or_32_bits),
-        Implementation("torch", cross_merge_torch, None, "PyTorch's transposition and flip"),
-        Implementation("reference", cross_merge_reference, None, "the definition, a table of positions"),
-    ),
-)
+def _operator(name: str, kernel: Callable, triton: str, in_torch: Callable, definition: Callable) -> Operator:
+    on_cpu, on_gpu = (functools.partial(compiled.why_unable, dtypes) for dtypes in (CPU_DTYPES, GPU_DTYPES))
+    return Operator(
+        name,
+        (
+            compiled_for_cuda(kernel, None, on_gpu),
+            *compiled_for_cpu(kernel, None, on_cpu),
+            compiled_by_triton("vision_kernels.cross_scan.triton_routes", triton, None, on_gpu),
+            Implementation("torch", in_torch, None, "PyTorch's transpositions and flips"),
+            Implementation("reference", definition, None, "the definition, a table of positions"),
+        ),
+    )
+
+
+SCAN = _operator("cross_scan", compiled.scan, "scan", torch_routes.scan, reference.scan)
+MERGE = _operator("cross_merge", compiled.merge, "merge", torch_routes.merge, reference.merge)
 
 
 def cross_scan(x: Tensor, routes: str = "cross") -> Tensor:
@@ -49,45 +45,46 @@ def cross_scan(x: Tensor, routes: str = "cross") -> Tensor:
 
     Args:
         x: (batch, dim, height, width), real, complex, integer or boolean.
-        routes: "cross": row after row, column after column, and both backwards. "unidirectional": four times row after
-            row. "bidirectional": twice row after row, and twice backwards.
+        routes: "cross": by rows, by columns, and both backwards. "unidirectional": by rows, four times.
+            "bidirectional": by rows, twice forwards and twice backwards.
 
     Returns:
         (batch, 4, dim, height * width), contiguous, with the dtype of `x`.
 
     Raises:
-        ValueError: `x` has another number of dimensions, or there are no routes of this name.
+        ValueError: `x` does not have four dimensions, or `routes` is unknown.
     """
     return torch.ops.vision_kernels.cross_scan(x, routes)
 
 
 def cross_merge(y: Tensor, height: int, width: int, routes: str = "cross") -> Tensor:
-    """Put the sequences of four routes back to row-major order and add them up.
+    """Reorder the sequences of four routes to row-major order and sum them.
 
-    Types of 16 bits are added up in float32. Its gradient is `cross_scan`.
+    16-bit dtypes are summed in float32. Its gradient is `cross_scan`.
 
     Args:
         y: (batch, 4, dim, height * width), real, complex, integer or boolean.
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image.
+        width: Width of the image.
         routes: As for `cross_scan`.
 
     Returns:
         (batch, dim, height * width), contiguous, with the dtype of `y`.
 
     Raises:
-        ValueError: `y` has another shape, or there are no routes of this name.
+        ValueError: `y` has another shape, or `routes` is unknown.
     """
     return torch.ops.vision_kernels.cross_merge(y, height, width, routes)
 
 
-def _check_scan(x: Tensor, routes: str) -> None:
+def _prepare_scan(x: Tensor, routes: str) -> tuple[Tensor, str]:
     check_routes("cross_scan", routes)
     check_dims("cross_scan", "x", x, "batch, dim, height, width")
     check_moved("cross_scan", "x", x)
+    return x, routes
 
 
-def _check_merge(y: Tensor, height: int, width: int, routes: str) -> None:
+def _prepare_merge(y: Tensor, height: int, width: int, routes: str) -> tuple[Tensor, int, int, str]:
     check_routes("cross_merge", routes)
     check_dims("cross_merge", "y", y, "batch, 4, dim, length")
     check_moved("cross_merge", "y", y)
@@ -97,23 +94,24 @@ def _check_merge(y: Tensor, height: int, width: int, routes: str) -> None:
             f"cross_merge: y has shape {tuple(y.shape)}, expected {expected} "
             f"for an image of height {height} and width {width}"
         )
+    return y, height, width, routes
 
 
 def _scan(x: Tensor, routes: str) -> Tensor:
     return SCAN.select(x.device.type, x).forward(x, routes).contiguous()
 
 
-def _fake_scan(x, routes):
+def _allocate_scan(x: Tensor, routes: str) -> Tensor:
     batch, dim, height, width = x.shape
     return x.new_empty(batch, 4, dim, height * width)
 
 
-def _keep_image_size(ctx, inputs, output):
+def _keep_image_size(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, ctx.routes = inputs
     ctx.image_size = x.shape[2:]
 
 
-def _merge_gradient(ctx, grad_y):
+def _merge_gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
     grad_x = torch.ops.vision_kernels.cross_merge(grad_y, *ctx.image_size, ctx.routes)
     return grad_x.unflatten(2, ctx.image_size), None
 
@@ -122,33 +120,35 @@ def _merge(y: Tensor, height: int, width: int, routes: str) -> Tensor:
     return MERGE.select(y.device.type, y).forward(y, height, width, routes).contiguous()
 
 
-def _fake_merge(y, height, width, routes):
+def _allocate_merge(y: Tensor, height: int, width: int, routes: str) -> Tensor:
     return y.new_empty(y.shape[0], *y.shape[2:])
 
 
-def _keep_arguments(ctx, inputs, output):
+def _keep_arguments(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, *ctx.image_size, ctx.routes = inputs
 
 
-def _scan_gradient(ctx, grad_x):
+def _scan_gradient(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.vision_kernels.cross_scan(grad_x.unflatten(2, ctx.image_size), ctx.routes), None, None, None
 
 
 define(
     "cross_scan",
+    {"x": Tensor, "routes": str},
+    _prepare_scan,
     _scan,
-    _fake_scan,
+    _allocate_scan,
+    torch_routes.scan,
     _merge_gradient,
     _keep_image_size,
-    check=_check_scan,
-    composition=cross_scan_torch,
 )
 define(
     "cross_merge",
+    {"y": Tensor, "height": int, "width": int, "routes": str},
+    _prepare_merge,
     _merge,
-    _fake_merge,
+    _allocate_merge,
+    torch_routes.merge,
     _scan_gradient,
     _keep_arguments,
-    check=_check_merge,
-    composition=cross_merge_torch,
 )

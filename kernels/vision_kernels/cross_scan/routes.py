@@ -9,7 +9,7 @@ from torch import Tensor
 class Route(NamedTuple):
     """An order in which the positions of an image are read."""
 
-    by_columns: bool  # column after column instead of row after row
+    by_columns: bool  # instead of by rows
     backwards: bool
 
     def scan(self, image: Tensor) -> Tensor:
@@ -41,15 +41,15 @@ ROUTES: dict[str, tuple[Route, Route, Route, Route]] = {
 
 
 def check_routes(operator: str, routes: str) -> None:
-    """Require a name of `ROUTES`.
+    """Require a name in `ROUTES`.
 
     Raises:
-        ValueError: There are no routes of this name.
+        ValueError: `routes` is unknown.
     """
     if routes not in ROUTES:
         raise ValueError(f"{operator}: routes must be one of {', '.join(ROUTES)}, got {routes!r}")
 
 
 def summation_dtype(sequences: Tensor) -> torch.dtype:
-    """Four numbers of 16 bits are added up in float32 and rounded once; others in their own type."""
+    """Return the dtype of sums: float32 for 16-bit dtypes, which are rounded once at the end, otherwise their own."""
     return torch.float32 if sequences.dtype in (torch.bfloat16, torch.float16) else sequences.dtype

@@ -1,7 +1,7 @@
-"""The Triton kernels that read images along routes, and put them back.
+"""Triton kernels that read images along routes, and merge the routes.
 
-Limited by memory: a program moves a tile (planes, rows, columns) of images, read once and written along all four
-routes, or the other way round. Bit j of COLUMNS and BACKWARDS says whether route j goes column after column, and
+They are limited by memory bandwidth: a program moves a tile (planes, rows, columns) of images, which is read once and
+written along all four routes, or the reverse. Bit j of COLUMNS and BACKWARDS says whether route j goes by columns, and
 whether backwards.
 """
 
@@ -21,7 +21,7 @@ def _place(height, width, row_blocks, column_blocks, PLANES: tl.constexpr, ROWS:
 
 @triton.jit
 def _position(row, column, height, width, BY_COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Return the step of a route at which it is at a row and column."""
+    """Return the step at which a route visits a row and column."""
     step = column * height + row if BY_COLUMNS else row * width + column
     return height * width - 1 - step if BACKWARDS else step
 

@@ -1,4 +1,4 @@
-"""Cross scan and cross merge by Triton: how the kernels are launched."""
+"""Launches of the Triton kernels for cross scan and cross merge."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ _ELEMENTS, _WARPS = 2048, 4  # of a tile
 
 
 def _options(height: int, width: int, routes: str) -> dict[str, int]:
-    """The constants of the kernels: of small images a tile holds several."""
+    """Return the constants of the kernels; a tile holds several small images."""
     rows, columns = (min(_LARGEST_SIDE, 1 << (side - 1).bit_length()) for side in (height, width))
     return {
         "COLUMNS": sum(route.by_columns << j for j, route in enumerate(ROUTES[routes])),
@@ -25,8 +25,6 @@ def _options(height: int, width: int, routes: str) -> dict[str, int]:
 
 def _launch(kernel, source: Tensor, target: Tensor, image: tuple[int, int, int, int], routes: str) -> None:
     batch, dim, height, width = image
-    if batch * dim * height * width == 0:
-        return
     options = _options(height, width, routes)
     row_blocks, column_blocks = -(-height // options["TILE_ROWS"]), -(-width // options["TILE_COLUMNS"])
     programs = -(-batch * dim // options["PLANES"]) * row_blocks * column_blocks
@@ -35,15 +33,15 @@ def _launch(kernel, source: Tensor, target: Tensor, image: tuple[int, int, int, 
         kernel[(programs,)](source, target, *sizes, *source.stride(), **options)
 
 
-def cross_scan_triton(x: Tensor, routes: str) -> Tensor:
+def scan(x: Tensor, routes: str) -> Tensor:
     """Return (batch, 4, dim, length)."""
     batch, dim, height, width = x.shape
     y = x.new_empty(batch, 4, dim, height * width)
-    _launch(scan_routes, x, y, tuple(x.shape), routes)
+    _launch(scan_routes, x, y, (batch, dim, height, width), routes)
     return y
 
 
-def cross_merge_triton(y: Tensor, height: int, width: int, routes: str) -> Tensor:
+def merge(y: Tensor, height: int, width: int, routes: str) -> Tensor:
     """Return (batch, dim, length)."""
     batch, _, dim, length = y.shape
     x = y.new_empty(batch, dim, length)

@@ -1,4 +1,4 @@
-"""What MambaVision's mixer does between its outer projections: convolution, projections, and selective scan."""
+"""MambaVision's mixer between its outer projections: convolution, projections and selective scan."""
 
 from vision_kernels.mamba_mixer.composed import compose_mixer
 from vision_kernels.mamba_mixer.op import mamba_mixer

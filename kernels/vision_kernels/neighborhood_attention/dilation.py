@@ -1,11 +1,13 @@
-"""Dilated attention is attention without dilation on the sub-grids of equal residues, which do not see each other."""
+"""Dilated attention as attention without dilation on independent sub-grids, one for each pair of residues."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from vision_kernels.neighborhood_attention.arguments import AttentionArguments, Gradients
 from vision_kernels.precision import compute_dtype
+from vision_kernels.views import contiguous_like
 
 
 def _sub_grids(dilation: int, *maps: Tensor) -> Iterator[list[Tensor]]:
@@ -15,34 +17,29 @@ def _sub_grids(dilation: int, *maps: Tensor) -> Iterator[list[Tensor]]:
             yield [each[:, :, row::dilation, column::dilation] for each in maps]
 
 
-def forward_on_sub_grids(forward: Callable, query, key, value, bias, kernel_size: int, dilation: int) -> Tensor:
-    """Return the output of dilated attention by `forward(query, key, value, bias, kernel_size)`, which has none."""
-    if dilation == 1:
-        return forward(query, key, value, bias, kernel_size)
-    result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for out, *inputs in _sub_grids(dilation, result, query, key, value):
-        out.copy_(forward(*inputs, bias, kernel_size))
+def forward_on_sub_grids(forward: Callable[[AttentionArguments], Tensor], given: AttentionArguments) -> Tensor:
+    """Return the output of dilated attention by `forward`, which computes attention without dilation."""
+    if given.dilation == 1:
+        return forward(given)
+    result = contiguous_like(given.query)
+    for out, query, key, value in _sub_grids(given.dilation, result, *given[:3]):
+        out.copy_(forward(given._replace(query=query, key=key, value=value, dilation=1)))
     return result
 
 
 def backward_on_sub_grids(
-    backward: Callable, grad_out, query, key, value, bias, kernel_size: int, dilation: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of dilated attention by `backward(grad_out, query, key, value, bias, kernel_size)`.
-
-    Its gradients may have a higher precision than the inputs.
-    """
-    maps = (grad_out, query, key, value)
-    if dilation == 1:
-        *grads, grad_bias = backward(*maps, bias, kernel_size)
-        grads = [grad.to(each.dtype) for grad, each in zip(grads, (query, key, value), strict=True)]
-    else:
-        grads = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute_dtype(query))
-        for grid in _sub_grids(dilation, *grads, *maps):
-            *found, found_bias = backward(*grid[3:], bias, kernel_size)
-            for target, grad in zip(grid[:3], found, strict=True):
-                target.copy_(grad)
-            if grad_bias is not None:
-                grad_bias += found_bias
-    return *grads, None if bias is None else grad_bias.to(bias.dtype)
+    backward: Callable[[Tensor, AttentionArguments], Gradients], grad_out: Tensor, given: AttentionArguments
+) -> Gradients:
+    """Return the gradients of dilated attention by `backward`, which computes those of attention without dilation."""
+    if given.dilation == 1:
+        return backward(grad_out, given)
+    grads = [contiguous_like(each) for each in given[:3]]
+    grad_bias = None if given.bias is None else torch.zeros_like(given.bias, dtype=compute_dtype(given.query))
+    for *targets, grad, query, key, value in _sub_grids(given.dilation, *grads, grad_out, *given[:3]):
+        *found, found_bias = backward(grad, given._replace(query=query, key=key, value=value, dilation=1))
+        for target, each in zip(targets, found, strict=True):
+            target.copy_(each)
+        if grad_bias is not None and found_bias is not None:
+            grad_bias += found_bias
+    grad_query, grad_key, grad_value = grads
+    return grad_query, grad_key, grad_value, grad_bias

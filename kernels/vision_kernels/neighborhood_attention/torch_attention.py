@@ -1,39 +1,44 @@
 """Neighborhood attention in plain PyTorch, for machines without a compiled kernel.
 
-The map is cut into square tiles of queries. Each tile attends to the union of its windows as in dense attention, with
-batched matrix products, and a bias of minus infinity where a position is outside of the window of a query. One row of
-tiles is handled at a time, which bounds the memory.
+The map is divided into square tiles of queries. Each tile attends to the union of its windows as in dense attention,
+with batched matrix products, and a bias of minus infinity for positions outside the window of a query. One row of tiles
+is processed at a time, which bounds the memory.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_kernels.neighborhood_attention.arguments import AttentionArguments, Gradients
 from vision_kernels.neighborhood_attention.dilation import backward_on_sub_grids, forward_on_sub_grids
 from vision_kernels.neighborhood_attention.reference import neighbours
 from vision_kernels.precision import compute_dtype
+from vision_kernels.views import contiguous_like
 
+_Results = TypeVar("_Results", bound=tuple)
 _TILE = 8
-# Logits that are handled at a time. Measured best on CPUs; a GPU wants few launches instead.
+# Logits that are computed at a time. The best measured on CPUs; on a GPU few launches matter more.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 27
 
 
 @dataclass
 class _Axis:
-    """An axis cut into tiles, the last one filled up with copies of the last query.
+    """An axis divided into tiles, the last one padded with copies of the last query.
 
-    Each tile has the window [starts, starts + extent) in common, the union of those of its queries.
+    [starts, starts + extent) is the union of the windows of the queries of a tile.
     """
 
     tiles: int
     starts: list[int]
     extent: int
-    relative: Tensor  # (tiles, tile, extent) index into the bias table, 2 * kernel_size - 1 outside of the window
-    inside: Tensor  # the same: is it in the window of a query that is no copy
+    relative: Tensor  # (tiles, tile, extent) index into the bias table, 2 * kernel_size - 1 outside the window
+    inside: Tensor  # (tiles, tile, extent) whether it is in the window of a query that is not padding
 
     @classmethod
     def of(cls, size: int, kernel_size: int, device: torch.device) -> "_Axis":
@@ -45,13 +50,13 @@ class _Axis:
         seen = starts + torch.arange(extent, device=device)
         inside = (seen >= begin) & (seen < begin + kernel_size)
         relative = torch.where(inside, seen - query.view(tiles, _TILE, 1) + kernel_size - 1, 2 * kernel_size - 1)
-        no_copy = torch.arange(tiles * _TILE, device=device).view(tiles, _TILE, 1) < size
-        return cls(tiles, starts.flatten().tolist(), extent, relative, inside & no_copy)
+        real = torch.arange(tiles * _TILE, device=device).view(tiles, _TILE, 1) < size
+        return cls(tiles, starts.flatten().tolist(), extent, relative, inside & real)
 
 
 @dataclass
 class _Chunk:
-    """A row of tiles of some batch entries; t are its tiles, q the queries of a tile, s the positions they see."""
+    """A row of tiles of some batch entries; t are its tiles, q the queries of a tile, s the positions of its window."""
 
     entries: slice
     rows: slice
@@ -60,9 +65,9 @@ class _Chunk:
 
 
 class _Tiled:
-    """Maps of (batch, heads, height, width, dim) and a bias, cut into chunks."""
+    """Maps of (batch, heads, height, width, dim) and a bias, divided into chunks."""
 
-    def __init__(self, query: Tensor, bias: Tensor | None, kernel_size: int):
+    def __init__(self, query: Tensor, bias: Tensor | None, kernel_size: int) -> None:
         self.dtype, self.device, self.table = compute_dtype(query), query.device, 2 * kernel_size - 1
         self.batch, self.heads, self.height, self.width, self.dim = query.shape
         self.rows = _Axis.of(self.height, kernel_size, self.device)
@@ -86,18 +91,18 @@ class _Tiled:
         return rows * (self.table + 1) + self.columns.relative[:, None, :, None, :]
 
     def seen(self, chunk: _Chunk) -> Tensor:
-        """Return which positions are in the window of each query, (t, q, s); none for those that fill up a tile."""
+        """Return whether positions are in the window of each query, (t, q, s); false for padding."""
         rows, columns = self.rows.inside[chunk.rows.start // _TILE], self.columns.inside
         return (rows[:, None, :, None] & columns[:, None, :, None, :]).flatten(3).flatten(1, 2)
 
     def queries(self, chunk: _Chunk, tensor: Tensor) -> Tensor:
-        """Return (batch, heads, t, q, dim); zeros fill up the last tile of each axis."""
+        """Return (batch, heads, t, q, dim); the last tile of each axis is padded with zeros."""
         part = tensor[chunk.entries, :, chunk.rows].to(self.dtype)
         missing = (0, 0, 0, self.columns.tiles * _TILE - self.width, 0, _TILE - part.shape[2])
         return F.pad(part, missing).unflatten(3, (-1, _TILE)).movedim(3, 2).flatten(3, 4)
 
     def queries_back(self, chunk: _Chunk, tiles: Tensor, target: Tensor) -> None:
-        """Write what `queries` would return into `target`."""
+        """Write tiles, in the shape that `queries` returns, into `target`."""
         part = tiles.unflatten(3, (_TILE, _TILE)).movedim(2, 3).flatten(3, 4)
         target[chunk.entries, :, chunk.rows] = part[:, :, : chunk.rows.stop - chunk.rows.start, : self.width]
 
@@ -108,7 +113,7 @@ class _Tiled:
         return torch.stack(cut, dim=2).to(self.dtype).flatten(3, 4)
 
     def add_windows(self, chunk: _Chunk, grad: Tensor, target: Tensor) -> None:
-        """Add the gradient of what `windows` returns to `target`."""
+        """Add the gradient of the result of `windows` to `target`."""
         part = target[chunk.entries, :, chunk.window_rows]
         grad = grad.unflatten(3, (self.rows.extent, self.columns.extent))
         for tile, start in enumerate(self.columns.starts):
@@ -121,9 +126,10 @@ class _Tiled:
 
 
 def _product(weights: Tensor, vectors: Tensor, seen: Tensor | None) -> Tensor:
-    """Multiply (..., i, j) and (..., j, dim), where j counts only if `seen`, (t, i, j), unless that is None.
+    """Multiply (..., i, j) and (..., j, dim), restricted to j in `seen` (t, i, j) unless that is None.
 
-    Weights are zero where it is not, but zero times what is not finite is not zero. There, the result is NaN.
+    Weights are zero elsewhere, but zero times an infinity or NaN is not zero. Where one of these is seen, the result is
+    NaN.
     """
     if seen is None:
         return weights @ vectors
@@ -132,21 +138,17 @@ def _product(weights: Tensor, vectors: Tensor, seen: Tensor | None) -> Tensor:
     return (weights.where(seen, 0) @ vectors.where(finite, 0)).masked_fill(reached, torch.nan)
 
 
-def _in_windows(compute: Callable, *arguments) -> tuple[Tensor | None, ...]:
-    """Call `compute(*arguments, masked)`, without masks unless a result is not finite: they take time."""
+def _in_windows(compute: Callable[..., _Results], *arguments: Any) -> _Results:
+    """Call `compute(*arguments, masked)`, with masks only if a result is not finite, because they take time."""
     results = compute(*arguments, masked=False)
     if all(each is None or each.isfinite().all() for each in results):
         return results
     return compute(*arguments, masked=True)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: int) -> Tensor:
-    return _in_windows(_attend, query, key, value, bias, kernel_size)[0]
-
-
-def _attend(query, key, value, bias, kernel_size: int, masked: bool) -> tuple[Tensor]:
-    tiled = _Tiled(query, bias, kernel_size)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+def _attend(given: AttentionArguments, masked: bool) -> tuple[Tensor]:
+    query, key, value, bias, kernel_size, _ = given
+    tiled, out = _Tiled(query, bias, kernel_size), contiguous_like(query)
     for chunk in tiled.chunks():
         seen = tiled.seen(chunk) if masked else None
         logits = tiled.queries(chunk, query) @ tiled.windows(chunk, key).transpose(-1, -2)
@@ -157,21 +159,16 @@ def _attend(query, key, value, bias, kernel_size: int, masked: bool) -> tuple[Te
 
 def _softmax(logits: Tensor, chunk: _Chunk, seen: Tensor | None) -> Tensor:
     """Return the weights; `logits` is overwritten."""
-    if seen is not None:  # NaN plus minus infinity is no minus infinity
+    if seen is not None:  # NaN plus minus infinity is NaN
         logits.masked_fill_(~seen, -torch.inf)
     return logits.add_(chunk.bias).softmax(-1)
 
 
-def _backward(grad_out, query, key, value, bias, kernel_size: int) -> tuple[Tensor | None, ...]:
+def _gradients(grad_out: Tensor, given: AttentionArguments, masked: bool) -> Gradients:
     """Return gradients in compute precision."""
-    return _in_windows(_gradients, grad_out, query, key, value, bias, kernel_size)
-
-
-def _gradients(grad_out, query, key, value, bias, kernel_size: int, masked: bool) -> tuple[Tensor | None, ...]:
+    query, key, value, bias, kernel_size, _ = given
     tiled = _Tiled(query, bias, kernel_size)
-    grad_query, grad_key, grad_value = (
-        torch.zeros_like(each, dtype=tiled.dtype, memory_format=torch.contiguous_format) for each in (query, key, value)
-    )
+    grad_query, grad_key, grad_value = (contiguous_like(each, tiled.dtype).zero_() for each in (query, key, value))
     grad_bias = None if bias is None else torch.zeros_like(tiled.bias).flatten(1)
     for chunk in tiled.chunks():
         queries, keys = tiled.queries(chunk, query), tiled.windows(chunk, key)
@@ -196,11 +193,11 @@ def _gradients(grad_out, query, key, value, bias, kernel_size: int, masked: bool
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def neighborhood_attention_torch(*arguments) -> Tensor:
-    """Return the output with the shape and dtype of query. Shapes as in `vision_kernels.neighborhood_attention`."""
-    return forward_on_sub_grids(_forward, *arguments)
+def forward(given: AttentionArguments) -> Tensor:
+    """Return the output with the shape of query."""
+    return forward_on_sub_grids(lambda undilated: _in_windows(_attend, undilated)[0], given)
 
 
-def neighborhood_attention_torch_backward(*arguments) -> tuple[Tensor | None, ...]:
-    """Return the gradients of query, key, value and bias (None without a bias)."""
-    return backward_on_sub_grids(_backward, *arguments)
+def backward(grad_out: Tensor, given: AttentionArguments) -> Gradients:
+    """Return the gradients of query, key, value and bias."""
+    return backward_on_sub_grids(functools.partial(_in_windows, _gradients), grad_out, given)

@@ -1,9 +1,9 @@
-"""The Triton kernels of neighborhood attention without dilation, which is one of more and smaller maps.
+"""Triton kernels for neighborhood attention without dilation; dilated attention runs on more and smaller maps.
 
-A program takes a tile of queries and goes, as attention in blocks does, over the rows of keys that any of them sees,
-with the softmax computed on the way. A row is cut to the columns that the tile sees, so that the products are dense
-and most of what they compute counts. Gradients of keys and values come from a second kernel, in which a program owns
-a tile of keys and goes over the rows of queries that see any of them: nothing is added to by two programs.
+A program takes a tile of queries and iterates, like block-wise attention, over the rows of keys that any of them sees,
+with an online softmax. A row is restricted to the columns that the tile sees, so that the products are dense and most
+of their results are used. Gradients of keys and values come from a second kernel, in which a program owns a tile of
+keys and iterates over the rows of queries that see any of them, so no two programs add to the same element.
 
 Positions are (row, column); a window starts at clamp(position - kernel_size // 2, 0, size - kernel_size). A map is a
 view by strides b (batch), n (heads), h, w and d.
@@ -17,7 +17,7 @@ from vision_kernels.triton_math import LOG2_E
 
 @triton.jit
 def _place(row_tiles, column_tiles, heads):
-    """Return the number of (batch entry, head) and both, and the tile's row and column of tiles."""
+    """Return the index of the pair (batch entry, head), both of its parts, and the row and column of the tile."""
     program = tl.program_id(0)
     pair = (program // column_tiles // row_tiles).to(tl.int64)
     return pair, pair // heads, pair % heads, program // column_tiles % row_tiles, program % column_tiles
@@ -25,19 +25,19 @@ def _place(row_tiles, column_tiles, heads):
 
 @triton.jit
 def _start(position, size, KERNEL: tl.constexpr):
-    """Return where the window of a position starts."""
+    """Return the start of the window of a position."""
     return tl.minimum(tl.maximum(position - KERNEL // 2, 0), size - KERNEL)
 
 
 @triton.jit
 def _first_seer(position, KERNEL: tl.constexpr):
-    """Return the first position whose window holds this one."""
+    """Return the first position whose window contains this one."""
     return tl.where(position < KERNEL, 0, position - KERNEL // 2)
 
 
 @triton.jit
 def _last_seer(position, size, KERNEL: tl.constexpr):
-    """Return the last position whose window holds this one."""
+    """Return the last position whose window contains this one."""
     return tl.where(position >= size - KERNEL, size - 1, position + KERNEL // 2)
 
 
@@ -53,7 +53,7 @@ def _tile(row_tile, column_tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def _load(at, row, column, inside, h, w, d, DIM: tl.constexpr, DIMS: tl.constexpr):
-    """Load (positions, DIMS), zeros beyond DIM and where there is no position."""
+    """Load (positions, DIMS), with zeros beyond DIM and for missing positions."""
     k = tl.arange(0, DIMS)
     offset = row.to(tl.int64) * h + column.to(tl.int64) * w
     return tl.load(at + offset[:, None] + k[None, :] * d, mask=inside[:, None] & (k < DIM)[None, :], other=0.0)
@@ -61,21 +61,10 @@ def _load(at, row, column, inside, h, w, d, DIM: tl.constexpr, DIMS: tl.constexp
 
 @triton.jit
 def _logits(
-    queries,
-    keys,
-    bias,
-    head,
-    q_row,
-    q_column,
-    k_row,
-    k_column,
-    exists,
-    height,
-    width,
-    KERNEL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return the logits in powers of two (queries, keys), minus infinity where a query does not see a key."""
+    queries, keys, bias, head, q_row, q_column, k_row, k_column, exists, height, width,
+    KERNEL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the base-2 logits (queries, keys), minus infinity where a query does not see a key."""
     row_start, column_start = _start(q_row, height, KERNEL)[:, None], _start(q_column, width, KERNEL)[:, None]
     row, column = k_row[None, :], k_column[None, :]
     seen = (row >= row_start) & (row < row_start + KERNEL) & (column >= column_start) & (column < column_start + KERNEL)
@@ -85,7 +74,7 @@ def _logits(
         SIDE: tl.constexpr = 2 * KERNEL - 1
         at = (row - q_row[:, None] + KERNEL - 1) * SIDE + column - q_column[:, None] + KERNEL - 1
         logits += tl.load(bias + head * SIDE * SIDE + at, mask=seen, other=0.0)
-    return tl.where(seen, logits * LOG2_E, float("-inf")), seen
+    return tl.where(seen, logits * LOG2_E, float("-inf"))
 
 
 @triton.jit
@@ -107,26 +96,15 @@ def attention_forward(
     result = tl.zeros((ROWS * COLUMNS, DIMS), tl.float32)
     for first in range(0, count, KEYS):
         at = first + tl.arange(0, KEYS)
+        known = at < count
         row, column = first_row + at // across, first_column + at % across
-        keys = _load(key + entry * k_b + head * k_n, row, column, at < count, k_h, k_w, k_d, DIM, DIMS)
-        values = _load(value + entry * v_b + head * v_n, row, column, at < count, v_h, v_w, v_d, DIM, DIMS)
-        logits, seen = _logits(
-            queries,
-            keys,
-            bias,
-            head,
-            q_row,
-            q_column,
-            row,
-            column,
-            (at < count)[None, :],
-            height,
-            width,
-            KERNEL,
-            PRECISION,
+        keys = _load(key + entry * k_b + head * k_n, row, column, known, k_h, k_w, k_d, DIM, DIMS)
+        values = _load(value + entry * v_b + head * v_n, row, column, known, v_h, v_w, v_d, DIM, DIMS)
+        logits = _logits(
+            queries, keys, bias, head, q_row, q_column, row, column, known[None, :], height, width, KERNEL, PRECISION
         )
         larger = tl.maximum(largest, tl.max(logits, 1))
-        finite = tl.where(larger == float("-inf"), 0.0, larger)  # nothing was seen yet
+        finite = tl.where(larger == float("-inf"), 0.0, larger)  # nothing has been seen yet
         weights = tl.exp2(logits - finite[:, None])
         shrink = tl.exp2(largest - finite)
         total = total * shrink + tl.sum(weights, 1)
@@ -145,9 +123,9 @@ def attention_backward_query(
     KERNEL: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write grad_query, contiguous; and for each query, (batch, heads, height, width), what the other kernels need.
+    """Write grad_query, contiguous, and the statistics (batch, heads, height, width) that the other kernels need.
 
-    That is the normalizer of the softmax as a power of two, and the product of the output with its gradient.
+    These are the base-2 logarithm of the normalizer of the softmax, and the product of the output with its gradient.
     """
     pair, entry, head, row_tile, column_tile = _place(row_tiles, column_tiles, heads)
     q_row, q_column, inside, last_row, last_column = _tile(row_tile, column_tile, height, width, ROWS, COLUMNS)
@@ -161,23 +139,12 @@ def attention_backward_query(
     product = tl.zeros((ROWS * COLUMNS,), tl.float32)
     for first in range(0, count, KEYS):
         at = first + tl.arange(0, KEYS)
+        known = at < count
         row, column = first_row + at // across, first_column + at % across
-        keys = _load(key + entry * k_b + head * k_n, row, column, at < count, k_h, k_w, k_d, DIM, DIMS)
-        values = _load(value + entry * v_b + head * v_n, row, column, at < count, v_h, v_w, v_d, DIM, DIMS)
-        logits, seen = _logits(
-            queries,
-            keys,
-            bias,
-            head,
-            q_row,
-            q_column,
-            row,
-            column,
-            (at < count)[None, :],
-            height,
-            width,
-            KERNEL,
-            PRECISION,
+        keys = _load(key + entry * k_b + head * k_n, row, column, known, k_h, k_w, k_d, DIM, DIMS)
+        values = _load(value + entry * v_b + head * v_n, row, column, known, v_h, v_w, v_d, DIM, DIMS)
+        logits = _logits(
+            queries, keys, bias, head, q_row, q_column, row, column, known[None, :], height, width, KERNEL, PRECISION
         )
         larger = tl.maximum(largest, tl.max(logits, 1))
         finite = tl.where(larger == float("-inf"), 0.0, larger)
@@ -196,23 +163,12 @@ def attention_backward_query(
     result = tl.zeros((ROWS * COLUMNS, DIMS), tl.float32)
     for first in range(0, count, KEYS):
         at = first + tl.arange(0, KEYS)
+        known = at < count
         row, column = first_row + at // across, first_column + at % across
-        keys = _load(key + entry * k_b + head * k_n, row, column, at < count, k_h, k_w, k_d, DIM, DIMS)
-        values = _load(value + entry * v_b + head * v_n, row, column, at < count, v_h, v_w, v_d, DIM, DIMS)
-        logits, seen = _logits(
-            queries,
-            keys,
-            bias,
-            head,
-            q_row,
-            q_column,
-            row,
-            column,
-            (at < count)[None, :],
-            height,
-            width,
-            KERNEL,
-            PRECISION,
+        keys = _load(key + entry * k_b + head * k_n, row, column, known, k_h, k_w, k_d, DIM, DIMS)
+        values = _load(value + entry * v_b + head * v_n, row, column, known, v_h, v_w, v_d, DIM, DIMS)
+        logits = _logits(
+            queries, keys, bias, head, q_row, q_column, row, column, known[None, :], height, width, KERNEL, PRECISION
         )
         of_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         of_logits = tl.exp2(logits - largest[:, None]) * (of_weights - product[:, None])
@@ -242,26 +198,15 @@ def attention_backward_key_value(
     of_values = tl.zeros((ROWS * COLUMNS, DIMS), tl.float32)
     for first in range(0, count, KEYS):
         at = first + tl.arange(0, KEYS)
+        known = at < count
         row, column = first_row + at // across, first_column + at % across
-        queries = _load(query + entry * q_b + head * q_n, row, column, at < count, q_h, q_w, q_d, DIM, DIMS)
-        grads = _load(grad_out + entry * g_b + head * g_n, row, column, at < count, g_h, g_w, g_d, DIM, DIMS)
+        queries = _load(query + entry * q_b + head * q_n, row, column, known, q_h, q_w, q_d, DIM, DIMS)
+        grads = _load(grad_out + entry * g_b + head * g_n, row, column, known, g_h, g_w, g_d, DIM, DIMS)
         place = (pair * height + row) * width + column
-        normalizers = tl.load(normalizer + place, mask=at < count, other=0.0)
-        products = tl.load(overlap + place, mask=at < count, other=0.0)
-        logits, seen = _logits(
-            queries,
-            keys,
-            bias,
-            head,
-            row,
-            column,
-            k_row,
-            k_column,
-            (at < count)[:, None],
-            height,
-            width,
-            KERNEL,
-            PRECISION,
+        normalizers = tl.load(normalizer + place, mask=known, other=0.0)
+        products = tl.load(overlap + place, mask=known, other=0.0)
+        logits = _logits(
+            queries, keys, bias, head, row, column, k_row, k_column, known[:, None], height, width, KERNEL, PRECISION
         )
         weights = tl.exp2(logits - normalizers[:, None])
         of_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
@@ -292,7 +237,7 @@ def attention_backward_bias(
     products = tl.load(overlap + place, mask=inside, other=0.0)
     row_start, column_start = _start(q_row, height, KERNEL), _start(q_column, width, KERNEL)
     SIDE: tl.constexpr = 2 * KERNEL - 1
-    # Over a tile the distance to the start of the window falls, if it changes.
+    # Over a tile the distance to the start of the window never increases.
     top, left = row_tile * ROWS, column_tile * COLUMNS
     rows_from, rows_to = _start(last_row, height, KERNEL) - last_row, _start(top, height, KERNEL) - top + KERNEL
     columns_from = _start(last_column, width, KERNEL) - last_column

@@ -1,72 +1,60 @@
-"""Selective scan in C++ (csrc/cpu/selective_scan.cpp), for float32 and bfloat16; other types are converted."""
+"""Selective scan in C++ (csrc/cpu/selective_scan.cpp), for float32 and bfloat16; other dtypes are converted."""
 
 import torch
 from torch import Tensor
 
-from vision_kernels import native
+from vision_kernels.arguments import CPU_DTYPES
+from vision_kernels.native import Library
+from vision_kernels.selective_scan.arguments import Gradients, ScanArguments
+from vision_kernels.views import as_parameter, contiguous_like, in_dtype
 
-# Tasks that the gradients of B and C of a small batch are split into, so that all threads have work.
+# The gradients of B and C of a small batch are split into this many tasks, so that all threads have work.
 _TASKS = 8
 _CHANNELS_PER_TASK = 16
 
 
-def selective_scan_cpu(
-    instruction_set, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype
-) -> Tensor:
-    """Return y with the shape of u. Shapes as in the operator."""
-    inputs = _inputs(u, delta, A, B, C, D, delta_bias, channels_last)
-    dtype = out_dtype if out_dtype == torch.bfloat16 else torch.float32
-    y = torch.empty_like(u, dtype=dtype, memory_format=torch.contiguous_format)
-    native.call("selective_scan_forward", instruction_set, *inputs, delta_softplus, channels_last, y)
-    return y.to(out_dtype)
+def forward(library: Library, given: ScanArguments) -> Tensor:
+    """Return y with the shape of u."""
+    y = contiguous_like(given.u, torch.bfloat16 if given.out_dtype == torch.bfloat16 else torch.float32)
+    library.call("selective_scan_forward", *_readable(given), y)
+    return y
 
 
-def selective_scan_cpu_backward(
-    instruction_set, grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the seven tensor inputs (None where an optional input is absent)."""
-    inputs = _inputs(u, delta, A, B, C, D, delta_bias, channels_last)
-    if grad_y.dtype not in (torch.float32, torch.bfloat16):
-        grad_y = grad_y.float()
-    (dim, state), batch = A.shape, u.shape[0]
-    length, groups = (B.shape[1], B.shape[2]) if channels_last else (B.shape[3], B.shape[1])
+def backward(library: Library, grad_y: Tensor, given: ScanArguments) -> Gradients:
+    """Return the gradients of the tensors."""
+    batch, length, dim, groups, states = given.sizes()
+    inputs, new = _readable(given), given.A.new_empty
     splits = max(1, min(dim // groups // _CHANNELS_PER_TASK, _TASKS // max(1, batch * groups)))
-    grad_u, grad_delta = (u.new_empty(u.shape, dtype=inputs[0].dtype) for _ in range(2))
-    grad_A = A.new_empty(batch, dim, state, dtype=torch.float32)
-    grad_B, grad_C = (B.new_empty(batch, groups, splits, length, state, dtype=torch.float32) for _ in range(2))
-    grad_D, grad_bias = (A.new_empty(batch, dim, dtype=torch.float32) for _ in range(2))
+    grad_u, grad_delta = (contiguous_like(each) for each in inputs[:2])
+    grad_A = new(batch, dim, states, dtype=torch.float32)
+    grad_B, grad_C = (new(batch, groups, splits, length, states, dtype=torch.float32) for _ in range(2))
+    grad_D, grad_bias = (new(batch, dim, dtype=torch.float32) for _ in range(2))
     grads = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)
-    native.call("selective_scan_backward", instruction_set, grad_y, *inputs, delta_softplus, channels_last, *grads)
+    grad_y = grad_y if grad_y.dtype in CPU_DTYPES else grad_y.float()
+    library.call("selective_scan_backward", grad_y, *inputs, *grads)
     # (batch, groups, splits, length, state) -> as B
-    grad_B, grad_C = (
-        each.sum(2).transpose(1, 2) if channels_last else each.sum(2).transpose(2, 3) for each in (grad_B, grad_C)
-    )
+    axes = (1, 2) if given.channels_last else (2, 3)
     return (
-        grad_u.to(u.dtype),
-        grad_delta.to(delta.dtype),
-        grad_A.sum(0).to(A.dtype),
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
-        None if D is None else grad_D.sum(0).to(D.dtype),
-        None if delta_bias is None else grad_bias.sum(0).to(delta_bias.dtype),
+        grad_u,
+        grad_delta,
+        grad_A.sum(0),
+        grad_B.sum(2).transpose(*axes),
+        grad_C.sum(2).transpose(*axes),
+        None if given.D is None else grad_D.sum(0),
+        None if given.delta_bias is None else grad_bias.sum(0),
     )
 
 
-def _inputs(u, delta, A, B, C, D, delta_bias, channels_last) -> tuple[Tensor | None, ...]:
-    """The types and layouts that the kernel reads: u and delta of one type, the rest float32 with states adjacent."""
+def _readable(given: ScanArguments) -> tuple:
+    """Return the arguments as the kernel reads them: u and delta alike, the rest in float32 with adjacent states."""
+    u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, _ = given
     dtype = torch.bfloat16 if u.dtype == delta.dtype == torch.bfloat16 else torch.float32
-    return (
-        u.to(dtype),
-        delta.to(dtype),
-        A.float().contiguous(),
-        _states_adjacent(B if channels_last else B.transpose(2, 3)),
-        _states_adjacent(C if channels_last else C.transpose(2, 3)),
-        None if D is None else D.float().contiguous(),
-        None if delta_bias is None else delta_bias.float().contiguous(),
-    )
+    B, C = (_states_adjacent(each if channels_last else each.transpose(2, 3)) for each in (B, C))
+    parameters = as_parameter(D), as_parameter(delta_bias)
+    return in_dtype(u, dtype), in_dtype(delta, dtype), as_parameter(A), B, C, *parameters, delta_softplus, channels_last
 
 
 def _states_adjacent(tensor: Tensor) -> Tensor:
-    """(..., state) in float32, without a copy if it can be."""
-    tensor = tensor.float()
+    """Return (..., state) in float32, without a copy if possible."""
+    tensor = in_dtype(tensor, torch.float32)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()

@@ -1,73 +1,26 @@
-"""`selective_scan`: argument checks, choice of the implementation, registration."""
-
-from collections.abc import Callable
+"""`selective_scan`: argument checks, backends, registration."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vision_kernels.arguments import check, check_dims, check_output_dtype, check_states
-from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
+from vision_kernels.backends import Implementation, Operator
 from vision_kernels.cuda import compiled_for_cuda
-from vision_kernels.native import why_not_float32
+from vision_kernels.native import compiled_for_cpu, why_not_float32
 from vision_kernels.registration import register
-from vision_kernels.selective_scan.cpu import selective_scan_cpu, selective_scan_cpu_backward
-from vision_kernels.selective_scan.cuda import (
-    selective_scan_cuda,
-    selective_scan_cuda_backward,
-    why_unable,
-)
-from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
-from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
+from vision_kernels.selective_scan import cpu, cuda, reference, torch_scan
+from vision_kernels.selective_scan.arguments import ScanArguments
 from vision_kernels.triton_support import compiled_by_triton
-
-
-def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a function on (batch, dim, length) serve both layouts."""
-
-    def either(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
-        if channels_last:
-            u, delta, B, C = (each.movedim(1, -1) for each in (u, delta, B, C))
-        y = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
-        return y.movedim(-1, 1) if channels_last else y
-
-    return either
-
-
-def channels_first_backward(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """The same for the gradients."""
-
-    def either(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
-        if not channels_last:
-            return backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
-        grad_y, u, delta, B, C = (each.movedim(1, -1) for each in (grad_y, u, delta, B, C))
-        of_u, of_delta, of_A, of_B, of_C, *others = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
-        of_u, of_delta, of_B, of_C = (each.movedim(-1, 1) for each in (of_u, of_delta, of_B, of_C))
-        return of_u, of_delta, of_A, of_B, of_C, *others
-
-    return either
-
 
 OPERATOR = Operator(
     "selective_scan",
     (
-        compiled_for_cuda(selective_scan_cuda, selective_scan_cuda_backward, why_unable),
-        *compiled_for_cpu(selective_scan_cpu, selective_scan_cpu_backward, why_not_float32),
-        compiled_by_triton(
-            "vision_kernels.selective_scan.triton_scan", "selective_scan_triton", "selective_scan_triton_backward"
-        ),
-        Implementation(
-            "torch",
-            channels_first(selective_scan_torch),
-            channels_first_backward(selective_scan_torch_backward),
-            "plain PyTorch, time-major in place",
-        ),
-        Implementation(
-            "reference",
-            channels_first(selective_scan_reference),
-            channels_first_backward(selective_scan_reference_backward),
-            "the definition, step by step",
-        ),
+        compiled_for_cuda(cuda.forward, cuda.backward, cuda.why_unable),
+        *compiled_for_cpu(cpu.forward, cpu.backward, why_not_float32),
+        compiled_by_triton("vision_kernels.selective_scan.triton_scan"),
+        Implementation("torch", torch_scan.forward, torch_scan.backward, "plain PyTorch, time-major in place"),
+        Implementation("reference", reference.forward, reference.backward, "the definition, step by step"),
     ),
 )
 
@@ -87,29 +40,29 @@ def selective_scan(
 ) -> Tensor:
     """Selective scan of Mamba (Gu and Dao 2023, algorithm 2, https://arxiv.org/abs/2312.00752).
 
-    For each batch entry and channel d, with the state s of size N starting from 0::
+    For each batch entry and channel d, starting from the state s = 0 of size N::
 
         delta_t = softplus(delta_t + delta_bias)                         (bias and softplus optional)
         s_t     = exp(delta_t A_d) s_{t-1} + delta_t B_t u_t
         y_t     = <C_t, s_t> + D_d u_t                                   (D optional)
 
-    Computed in float32, or in float64 if `u` is float64, whatever the other dtypes are. Differentiable once in all
+    Computed in float32, or in float64 if `u` is float64, regardless of the other dtypes. Differentiable once in all
     tensors.
 
     Args:
         u: (batch, dim, length) input.
-        delta: (batch, dim, length) step size, or (batch, deltas, length) where channels share it by consecutive
-            groups of dim / deltas.
+        delta: (batch, dim, length) step size, or (batch, deltas, length) if each is shared by dim / deltas consecutive
+            channels.
         A: (dim, state) state matrix, diagonal; negative for a stable recurrence.
-        B: (batch, state, length), or (batch, groups, state, length) where channels d share B by consecutive groups of
-            dim / groups.
-        C: as B.
+        B: (batch, state, length), or (batch, groups, state, length) if each is shared by dim / groups consecutive
+            channels.
+        C: As B.
         D: (dim,) skip weight.
         delta_bias: (dim,), or (deltas,), added to `delta` before the softplus.
         delta_softplus: Apply softplus to `delta`.
-        channels_last: u, delta and y are (batch, length, dim), B and C (batch, length, [groups,] state) instead. The
-            faster layout on the CPU. Either is read as it is, whatever its strides.
-        out_dtype: dtype of y, by default that of `u`.
+        channels_last: u, delta and y are (batch, length, dim), B and C (batch, length, [groups,] state) instead, which
+            is faster on the CPU. Tensors may have any strides in both layouts.
+        out_dtype: Dtype of y, by default that of `u`.
 
     Returns:
         y: (batch, dim, length), or (batch, length, dim) if `channels_last`; contiguous.
@@ -127,7 +80,7 @@ def selective_scan(
 
 
 def _repeated(u: Tensor, delta: Tensor, delta_bias: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor | None]:
-    """Return a step size for every channel of u."""
+    """Return delta and delta_bias with a step size for every channel of u."""
     deltas, dim = delta.shape[channel_dim], u.shape[channel_dim]
     _check_groups(u, "delta", delta, channel_dim)
     shape = [*u.shape]
@@ -145,113 +98,32 @@ def _check_groups(u: Tensor, name: str, tensor: Tensor, channel_dim: int) -> Non
         )
 
 
-def _check(
-    grad_y: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    channels_last: bool,
-    out_dtype: torch.dtype = torch.float32,
-) -> None:
-    check_dims("selective_scan", "u", u, "batch, length, dim" if channels_last else "batch, dim, length")
+def _check(grad_y: Tensor | None, given: ScanArguments) -> None:
+    u, A, B, last = given.u, given.A, given.B, given.channels_last
+    check_dims("selective_scan", "u", u, "batch, length, dim" if last else "batch, dim, length")
     check_dims("selective_scan", "A", A, "dim, state")
     check_states("selective_scan", A)
-    check_dims(
-        "selective_scan", "B", B, "batch, length, groups, state" if channels_last else "batch, groups, state, length"
-    )
-    channel_dim = 2 if channels_last else 1
-    _check_groups(u, "B", B, channel_dim)
-    (batch, *_), length, dim, state = u.shape, u.shape[3 - channel_dim], u.shape[channel_dim], A.shape[1]
-    groups = B.shape[channel_dim]
-    coupling = (batch, length, groups, state) if channels_last else (batch, groups, state, length)
+    check_dims("selective_scan", "B", B, "batch, length, groups, state" if last else "batch, groups, state, length")
+    _check_groups(u, "B", B, 2 if last else 1)
+    batch, length, dim, groups, states = given.sizes()
+    coupling = (batch, length, groups, states) if last else (batch, groups, states, length)
     check(
         "selective_scan",
         {
             "u": (u, u.shape),
-            "delta": (delta, u.shape),
-            "A": (A, (dim, state)),
+            "delta": (given.delta, u.shape),
+            "A": (A, (dim, states)),
             "B": (B, coupling),
-            "C": (C, coupling),
-            "D": (D, (dim,)),
-            "delta_bias": (delta_bias, (dim,)),
+            "C": (given.C, coupling),
+            "D": (given.D, (dim,)),
+            "delta_bias": (given.delta_bias, (dim,)),
             "grad_y": (grad_y, u.shape),
         },
     )
-    check_output_dtype("selective_scan", out_dtype)
+    check_output_dtype("selective_scan", given.out_dtype)
 
 
-def _forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    channels_last: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype)
-    return OPERATOR.select(u.device.type, *arguments).forward(*arguments).contiguous()
-
-
-def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, out_dtype):
-    return torch.empty_like(u, dtype=out_dtype, memory_format=torch.contiguous_format)
-
-
-# An operator cannot return "no tensor": the gradient of an absent D or delta_bias is an empty tensor.
-def _gradients(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last)
-    grads = OPERATOR.select(u.device.type, *arguments).backward(grad_y, *arguments)
-    return tuple(u.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
-
-
-def _fake_gradients(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last):
-    return tuple(
-        u.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (u, delta, A, B, C, D, delta_bias)
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.channels_last, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_y):
-    tensors = ctx.saved_tensors
-    grads = torch.ops.vision_kernels.selective_scan_backward(grad_y, *tensors, ctx.delta_softplus, ctx.channels_last)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None, None
-
-
-register(
-    "selective_scan",
-    _forward,
-    _fake_forward,
-    _gradients,
-    _fake_gradients,
-    _backward,
-    _setup_context,
-    check=_check,
-    composition=channels_first(selective_scan_reference),
-)
+register(OPERATOR, ScanArguments, _check, reference.forward)
 
 
 def _scan_flops(u_shape, A_shape, *, with_skip: bool) -> int:

@@ -1,26 +1,18 @@
-"""The definition of the selective scan, one step after the other. Slow; everything else is measured against it."""
+"""The definition of the selective scan, step by step. It is slow; all other backends are compared with it."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vision_kernels.precision import compute_dtype
+from vision_kernels.selective_scan.arguments import Gradients, ScanArguments, channels_first, channels_first_backward
 
 
-def selective_scan_reference(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
-    batch, dim, length = u.shape
-    groups, state_size = B.shape[1:3]
+@channels_first
+def forward(given: ScanArguments) -> Tensor:
+    """Return y with the shape of u."""
+    u, delta, A, B, C, D, delta_bias, delta_softplus, *_ = given
+    batch, length, dim, groups, states = given.sizes()
     dtype = compute_dtype(u)
     x, delta, A = u.to(dtype), delta.to(dtype), A.to(dtype)
     # (batch, groups, state, length) -> (batch, dim, state, length)
@@ -31,7 +23,7 @@ def selective_scan_reference(
     if delta_softplus:
         delta = F.softplus(delta)
 
-    state = x.new_zeros(batch, dim, state_size)
+    state = x.new_zeros(batch, dim, states)
     outputs = []
     for t in range(length):
         step, drive = delta[:, :, t, None], (delta * x)[:, :, t, None]
@@ -40,27 +32,18 @@ def selective_scan_reference(
     y = torch.stack(outputs, dim=-1) if outputs else x  # of length 0
     if D is not None:
         y = y + D.to(dtype)[:, None] * x
-    return y.to(out_dtype)
+    return y
 
 
-def selective_scan_reference_backward(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the seven tensor inputs (None where an optional input is absent).
+@channels_first_backward
+def backward(grad_y: Tensor, given: ScanArguments) -> Gradients:
+    """Return the gradients of the tensors.
 
-    The chain rule, time reversed: the gradient h of the states is h_t = g_t C_t + a_{t+1} h_{t+1} with g that of y and
-    a = exp(delta A).
+    The chain rule, time reversed: the gradient h of the states is h_t = g_t C_t + a_{t+1} h_{t+1}, where g is that of y
+    and a = exp(delta A).
     """
-    batch, dim, length = u.shape
-    groups, state_size = B.shape[1:3]
+    u, delta, A, B, C, D, delta_bias, delta_softplus, *_ = given
+    batch, length, dim, groups, count = given.sizes()
     dtype = compute_dtype(u)
     x, g, A_ = u.to(dtype), grad_y.to(dtype), A.to(dtype)
     B_ = B.to(dtype).repeat_interleave(dim // groups, dim=1)
@@ -69,7 +52,7 @@ def selective_scan_reference_backward(
     step = F.softplus(raw) if delta_softplus else raw
     decay = torch.exp(step.unsqueeze(2) * A_.unsqueeze(-1))  # (batch, dim, state, length)
 
-    states = torch.zeros(batch, dim, state_size, length + 1, dtype=dtype, device=u.device)  # states[t + 1] is s_t
+    states = torch.zeros(batch, dim, count, length + 1, dtype=dtype, device=u.device)  # states[t + 1] is s_t
     for t in range(length):
         states[..., t + 1] = decay[..., t] * states[..., t] + (step * x)[:, :, None, t] * B_[..., t]
     h = torch.zeros_like(states)
@@ -88,11 +71,11 @@ def selective_scan_reference_backward(
         return per_channel.unflatten(1, (groups, dim // groups)).sum(2)
 
     return (
-        (grad_u if D is None else grad_u + g * D.to(dtype)[:, None]).to(u.dtype),
-        grad_raw.to(delta.dtype),
-        (exponent * step.unsqueeze(2)).sum((0, 3)).to(A.dtype),
-        of_groups(h * (step * x).unsqueeze(2)).to(B.dtype),
-        of_groups(g.unsqueeze(2) * states[..., 1:]).to(C.dtype),
-        None if D is None else (g * x).sum((0, 2)).to(D.dtype),
-        None if delta_bias is None else grad_raw.sum((0, 2)).to(delta_bias.dtype),
+        grad_u if D is None else grad_u + g * D.to(dtype)[:, None],
+        grad_raw,
+        (exponent * step.unsqueeze(2)).sum((0, 3)),
+        of_groups(h * (step * x).unsqueeze(2)),
+        of_groups(g.unsqueeze(2) * states[..., 1:]),
+        None if D is None else (g * x).sum((0, 2)),
+        None if delta_bias is None else grad_raw.sum((0, 2)),
     )

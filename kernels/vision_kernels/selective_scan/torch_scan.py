@@ -1,8 +1,8 @@
 """Selective scan in plain PyTorch, for machines without a compiled kernel.
 
 The recurrence is sequential, so the cost of a naive loop is the number of small operations per step. Here everything
-but the recurrence itself is done for many steps at once in time-major layout, and one step is a single in-place
-multiply-add on contiguous memory. Steps are handled in blocks whose working set stays in the processor's cache, which
+but the recurrence itself is computed for many steps at once in time-major layout, and one step is a single in-place
+multiply-add on contiguous memory. Steps are processed in blocks whose working set stays in the processor's cache, which
 also bounds the memory: nothing of size batch x dim x state x length is ever stored.
 """
 
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_kernels.precision import compute_dtype
+from vision_kernels.selective_scan.arguments import Gradients, ScanArguments, channels_first, channels_first_backward
 
-# Elements of one (time, batch, dim, state) buffer. Measured best on CPUs; a GPU wants few launches instead.
+# Elements of one (time, batch, dim, state) buffer. The best measured on CPUs; on a GPU few launches matter more.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
 
@@ -31,9 +32,9 @@ class _TimeMajor:
     C: Tensor  # (length, batch, groups, state)
 
     @classmethod
-    def of(cls, u, delta, A, B, C, delta_bias, delta_softplus) -> "_TimeMajor":
-        batch, dim, length = u.shape
-        groups = B.shape[1]
+    def of(cls, given: ScanArguments) -> "_TimeMajor":
+        u, delta, A, B, C, _, delta_bias, delta_softplus, *_ = given
+        batch, length, dim, groups, _ = given.sizes()
         dtype = compute_dtype(u)
         step = delta.permute(2, 0, 1).to(dtype).contiguous()
         if delta_bias is not None:
@@ -50,10 +51,10 @@ class _TimeMajor:
         )
 
     def blocks(self) -> list[slice]:
-        """Cut time into blocks of a bounded number of (time, batch, dim, state) elements."""
+        """Split time into blocks of a bounded number of (time, batch, dim, state) elements."""
         length = self.u.shape[0]
         budget = _BLOCK_ELEMENTS.get(self.u.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-        steps = max(1, budget // max(1, self.initial_state().numel()))
+        steps = max(1, budget // self.initial_state().numel())
         return [slice(start, min(start + steps, length)) for start in range(0, length, steps)]
 
     def initial_state(self) -> Tensor:
@@ -69,9 +70,10 @@ class _TimeMajor:
         return decay, states
 
 
-def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
-    """Return y with the shape of u. Shapes as in `vision_kernels.selective_scan`, B and C with groups."""
-    inputs = _TimeMajor.of(u, delta, A, B, C, delta_bias, delta_softplus)
+@channels_first
+def forward(given: ScanArguments) -> Tensor:
+    """Return y with the shape of u."""
+    inputs = _TimeMajor.of(given)
     y = torch.empty_like(inputs.u)
     state = inputs.initial_state()
     for block in inputs.blocks():
@@ -79,20 +81,19 @@ def selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus, out_d
         torch.matmul(states, inputs.C[block].unsqueeze(-1), out=y[block].unsqueeze(-1))
         state = states[-1]
     y = y.flatten(2)  # (length, batch, dim)
-    if D is not None:
-        y.addcmul_(inputs.u.flatten(2), D.to(y.dtype))
-    return y.permute(1, 2, 0).to(out_dtype)
+    if given.D is not None:
+        y.addcmul_(inputs.u.flatten(2), given.D.to(y.dtype))
+    return y.permute(1, 2, 0)
 
 
-def selective_scan_torch_backward(
-    grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the seven tensor inputs (None where an optional input is absent).
+@channels_first_backward
+def backward(grad_y: Tensor, given: ScanArguments) -> Gradients:
+    """Return the gradients of the tensors.
 
     With s the states, g the gradient of y and h that of the states, time reversed: h_t = g_t C_t + a_{t+1} h_{t+1}.
     States are recomputed block by block from the block boundaries instead of being kept from the forward pass.
     """
-    inputs = _TimeMajor.of(u, delta, A, B, C, delta_bias, delta_softplus)
+    inputs = _TimeMajor.of(given)
     grad_y = grad_y.permute(2, 0, 1).to(inputs.u.dtype).contiguous()
     grad_y = grad_y.reshape(inputs.u.shape)
     grad_drive = torch.empty_like(inputs.u)  # of step * u
@@ -115,34 +116,21 @@ def selective_scan_torch_backward(
     grad_step.addcmul_(grad_drive, inputs.u)
     grad_u = grad_drive.mul_(inputs.step).flatten(2)
     flat_u, flat_grad_y = inputs.u.flatten(2), grad_y.flatten(2)
-    grad_D = None if D is None else (flat_grad_y * flat_u).sum((0, 1)).to(D.dtype)
-    if D is not None:
-        grad_u.addcmul_(flat_grad_y, D.to(grad_u.dtype))
+    grad_D = None if given.D is None else (flat_grad_y * flat_u).sum((0, 1))
+    if given.D is not None:
+        grad_u.addcmul_(flat_grad_y, given.D.to(grad_u.dtype))
     grad_delta = grad_step.flatten(2)
-    if delta_softplus:
+    if given.delta_softplus:
         # softplus'(x) = 1 - exp(-softplus(x)); above 20, where torch's softplus(x) is x, that is 1 to 2e-9.
         grad_delta = grad_delta.mul_(-torch.expm1(-inputs.step.flatten(2)))
-    grad_bias = None if delta_bias is None else grad_delta.sum((0, 1)).to(delta_bias.dtype)
-
-    def batch_first(grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return grad.movedim(0, -1).to(dtype)
-
-    return (
-        batch_first(grad_u, u.dtype),
-        batch_first(grad_delta, delta.dtype),
-        grad_A.flatten(0, 1).to(A.dtype),
-        batch_first(grad_B, B.dtype),
-        batch_first(grad_C, C.dtype),
-        grad_D,
-        grad_bias,
-    )
+    grad_bias = None if given.delta_bias is None else grad_delta.sum((0, 1))
+    grad_u, grad_delta, grad_B, grad_C = (each.movedim(0, -1) for each in (grad_u, grad_delta, grad_B, grad_C))
+    return grad_u, grad_delta, grad_A.flatten(0, 1), grad_B, grad_C, grad_D, grad_bias
 
 
 def _reversed_blocks(inputs: _TimeMajor, grad_y: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
     """Yield (block, decay, states, state before the block, gradient of the states), last block first."""
     blocks = inputs.blocks()
-    if not blocks:
-        return
     starts = [inputs.initial_state()]
     for block in blocks[:-1]:
         starts.append(inputs.states(block, starts[-1])[1][-1].clone())
@@ -151,12 +139,12 @@ def _reversed_blocks(inputs: _TimeMajor, grad_y: Tensor) -> Iterator[tuple[slice
     for block, start in zip(reversed(blocks), reversed(starts), strict=True):
         decay, states = inputs.states(block, start)
         grad_states = grad_y[block].unsqueeze(-1) * inputs.C[block].unsqueeze(-2)
-        later_decay = later_grad = None
+        later: tuple[Tensor, Tensor] | None = None
         for decay_t, grad_t in zip(reversed(decay.unbind(0)), reversed(grad_states.unbind(0)), strict=True):
-            if later_grad is None:
+            if later is None:
                 grad_t.add_(carry)
             else:
-                grad_t.addcmul_(later_decay, later_grad)
-            later_decay, later_grad = decay_t, grad_t
+                grad_t.addcmul_(*later)
+            later = decay_t, grad_t
         carry = decay[0] * grad_states[0]
         yield block, decay, states, start, grad_states

@@ -1,20 +1,21 @@
-"""The Triton kernels of the selective scan.
+"""Triton kernels for the selective scan.
 
-A program scans one block of channels of one batch entry, step after step, and keeps the states in registers as a tile
-(channels, states): a channel to a lane, so that the sum over states needs no other lane, and B and C are the same for
-all lanes. Serial is better than an associative scan over time also for short sequences: one multiply-add for each step
-and state instead of several and exchanges between lanes, while batch x channels keep the GPU busy. What a block of
-steps needs is loaded during the block before, as there are too few warps to hide the wait for memory otherwise.
+A program scans one block of channels of one batch entry, step by step, and keeps the states in registers as a tile
+(channels, states) with one channel per lane, so that the sum over states stays within a lane, and B and C are the same
+for all lanes. A serial scan is faster than an associative scan over time even for short sequences: it takes one
+multiply-add per step and state instead of several and exchanges between lanes, while batch x channels keep the GPU
+busy. The inputs of a block of steps are loaded during the previous block, because there are too few warps to hide the
+latency of memory otherwise.
 
-If batch x channels are few and sequences long, time is cut into chunks: the end states of chunks that start from zero,
-the start states that follow from these (`chain`), and the outputs from there on. It costs each exponential twice.
+If batch x channels are few and sequences long, time is split into chunks: first the end states of chunks that start
+from zero are computed, then the start states that follow from these (`chain`), and last the outputs. This computes each
+exponential twice.
 
-Tuples hold one tile for each step of a block; loops over them are unrolled.
+Tuples contain one tile for each step of a block; loops over them are unrolled.
 
-Triton lets the loads decide which lane holds what. Where it saw that states are adjacent in memory, or channels of a
-tile, it would spread states over lanes, for shorter loads but much more arithmetic. So the strides of tiles are
-numbers that it does not know, even `unit`, which is 1. Only where `VECTOR` says that one load brings all states of B or
-C, it may know.
+Triton derives the layout of lanes from the loads. If it knew that states are adjacent in memory, or channels of a tile,
+it would distribute states over lanes, for shorter loads but much more arithmetic. So the strides of tiles are unknown
+to it, even `unit`, which is 1. It may know them only if `VECTOR` says that one load brings all states of B or C.
 """
 
 import triton
@@ -22,13 +23,13 @@ import triton.language as tl
 
 from vision_kernels.triton_math import LOG2_E, finite, load_steps, sigmoid, softplus
 
-# Known to be 1 or a multiple of 16, they would have every kernel compiled again, and for no better code.
+# Specializing on 1 and on multiples of 16 would compile every kernel again, without better code.
 _SIZES = ("length", "blocks", "chunks", "chunk_steps")
 
 
 @triton.jit
 def _place(dim, share, blocks, chunks, BLOCK: tl.constexpr):
-    """Return batch entry, chunk, group, channels, and which of these exist."""
+    """Return the batch entry, chunk, group and channels, and which channels exist."""
     program = tl.program_id(0)
     block = program % blocks
     chunk = program // blocks % chunks
@@ -41,21 +42,21 @@ def _place(dim, share, blocks, chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _exponents(A, channel, state, exists, unit, STATES: tl.constexpr):
-    """Return A (channels, states) for powers of two."""
+    """Return A (channels, states) times log2(e), for powers of two."""
     at = A + channel[:, None] * STATES + state[None, :] * unit
     return finite(tl.load(at, mask=exists[:, None] & (state < STATES)[None, :], other=0.0) * LOG2_E)
 
 
 @triton.jit
 def _coupled(state, STATES: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (BLOCK, 1) zeros, which spread offsets of B and C over all lanes, and which states these have."""
+    """Return (BLOCK, 1) zeros, which broadcast offsets of B and C to all lanes, and which states exist."""
     alike = tl.zeros((BLOCK, 1), tl.int32)
     return alike, (state < STATES)[None, :] if STATES < state.shape[0] else alike == 0
 
 
 @triton.jit
 def _step_size(delta, bias, valid, SOFTPLUS: tl.constexpr):
-    """Return the step after bias and softplus, zero where there is none, and what the softplus was taken of."""
+    """Return the step size after bias and softplus, zero for missing steps, and the argument of the softplus."""
     raw = delta.to(tl.float32) + bias
     step = softplus(raw) if SOFTPLUS else raw
     return tl.where(valid, step, 0.0), raw
@@ -132,7 +133,7 @@ def scan_adjoint(
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Write what each chunk hands to the gradient of the states before it, if nothing comes from after it."""
+    """Write what each chunk contributes to the gradient of the states before it, with nothing from later chunks."""
     entry, chunk, group, channel, exists = _place(dim, share, blocks, chunks, BLOCK)
     state = tl.arange(0, TILE)
     exponent = _exponents(A, channel, state, exists, unit, STATES)
@@ -164,7 +165,7 @@ def chain(
     totals, states, A, dim, blocks, chunks, rows, unit,
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each chunk hands on, having started from zero, by what it starts from.
+    """Replace the state that each chunk reaches from zero by the state from which it starts.
 
     `A` is (rows, dim, STATES), and batch entries take its rows in turn.
     """
@@ -176,7 +177,7 @@ def chain(
     exponent = _exponents(A + entry % rows * dim * STATES, channel, state, exists, unit, STATES)
     totals_at = totals + entry * chunks * dim + channel
     states_at = states + entry * chunks * TILE * dim + (state[None, :] * dim + channel[:, None] * unit)
-    # From the last chunk to the first, if BACKWARDS.
+    # If BACKWARDS, from the last chunk to the first.
     sign = 1
     if BACKWARDS:
         sign = -1
@@ -203,7 +204,7 @@ def scan_backward(
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr,
     VECTOR: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients; those that sum over several programs as parts.
+    """Write the gradients, as partial sums where several programs contribute.
 
     First forwards, keeping the state before each block of steps in boundaries (batch, all_steps, TILE, dim); then
     backwards, computing the states inside of a block again. Parts: of A (batch, chunks, TILE, dim), D and bias (batch,
@@ -231,7 +232,7 @@ def scan_backward(
     kept = boundaries + (entry * all_steps + start // STEPS) * TILE * dim + tile
 
     h = tl.zeros((BLOCK, TILE), tl.float32)
-    later = tl.zeros((BLOCK, TILE), tl.float32)  # what comes from the step after
+    later = tl.zeros((BLOCK, TILE), tl.float32)  # from the following step
     if CHAINED:
         h = tl.load(starts + of_chunk, mask=exists[:, None], other=0.0)
         later = tl.load(adjoints + of_chunk, mask=exists[:, None], other=0.0)
@@ -276,7 +277,7 @@ def scan_backward(
             tl.store(grad_B + part + offset * TILE, tl.sum(grad * (step * x)[:, None], 0), mask=valid)
             of_drive = tl.sum(grad * B_now[k].to(tl.float32), 1)
             later = decays[k] * grad
-            of_exponent = tl.where(valid, later * states[k], 0.0)  # states behind the end may be no numbers
+            of_exponent = tl.where(valid, later * states[k], 0.0)  # states after the end may be NaN
             of_A += of_exponent * step[:, None]
             of_step = tl.sum(of_exponent * exponent, 1) * (1.0 / LOG2_E) + of_drive * x
             if SOFTPLUS:

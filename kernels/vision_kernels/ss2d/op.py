@@ -1,4 +1,4 @@
-"""`ss2d`: argument checks, the projection of the input, choice of the implementation of the rest, registration."""
+"""`ss2d`: argument checks, the projection of the input, backends of the rest, registration."""
 
 import functools
 
@@ -7,37 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_kernels.arguments import check, check_dims, check_output_dtype, check_states
-from vision_kernels.backends import Implementation, Operator, compiled_for_cpu
+from vision_kernels.arguments import CPU_DTYPES, GPU_DTYPES, check, check_dims, check_output_dtype, check_states
+from vision_kernels.backends import Implementation, Operator
 from vision_kernels.cross_scan.routes import check_routes
 from vision_kernels.cuda import compiled_for_cuda
+from vision_kernels.native import compiled_for_cpu
 from vision_kernels.registration import register
-from vision_kernels.selective_scan.reference import selective_scan_reference, selective_scan_reference_backward
-from vision_kernels.selective_scan.torch_scan import selective_scan_torch, selective_scan_torch_backward
-from vision_kernels.ss2d.cpu import empty_image, memory_format_of, ss2d_cpu, ss2d_cpu_backward, why_unable
-from vision_kernels.ss2d.cuda import ss2d_cuda, ss2d_cuda_backward
-from vision_kernels.ss2d.cuda import why_unable as why_unable_on_cuda
-from vision_kernels.ss2d.unfused import ss2d_unfused, ss2d_unfused_backward
-from vision_kernels.triton_support import compiled_by_triton, why_not_of_16_or_32_bits
+from vision_kernels.selective_scan import reference as scan_reference
+from vision_kernels.selective_scan import torch_scan
+from vision_kernels.ss2d import cpu, cuda, unfused
+from vision_kernels.ss2d.arguments import Ss2dArguments, memory_format_of, why_unable
+from vision_kernels.triton_support import compiled_by_triton
 
+_definition = functools.partial(unfused.forward, scan_reference.forward)
 OPERATOR = Operator(
     "ss2d",
     (
-        compiled_for_cuda(ss2d_cuda, ss2d_cuda_backward, why_unable_on_cuda),
-        *compiled_for_cpu(ss2d_cpu, ss2d_cpu_backward, why_unable),
-        compiled_by_triton(
-            "vision_kernels.ss2d.triton_ss2d", "ss2d_triton", "ss2d_triton_backward", why_not_of_16_or_32_bits
-        ),
+        compiled_for_cuda(cuda.forward, cuda.backward, cuda.why_unable),
+        *compiled_for_cpu(cpu.forward, cpu.backward, functools.partial(why_unable, CPU_DTYPES)),
+        compiled_by_triton("vision_kernels.ss2d.triton_ss2d", why_unable=functools.partial(why_unable, GPU_DTYPES)),
         Implementation(
             "torch",
-            functools.partial(ss2d_unfused, selective_scan_torch),
-            functools.partial(ss2d_unfused_backward, selective_scan_torch_backward),
+            functools.partial(unfused.forward, torch_scan.forward),
+            functools.partial(unfused.backward, torch_scan.backward),
             "plain PyTorch around its selective scan",
         ),
         Implementation(
             "reference",
-            functools.partial(ss2d_unfused, selective_scan_reference),
-            functools.partial(ss2d_unfused_backward, selective_scan_reference_backward),
+            _definition,
+            functools.partial(unfused.backward, scan_reference.backward),
             "the definition, step by step",
         ),
     ),
@@ -63,7 +61,7 @@ def ss2d(
         delta_j         = softplus(dt_projs_weight_j low_j + dt_projs_bias_j)
         y               = cross_merge(selective_scan(u_j, delta_j, A_j, B_j, C_j, D_j))
 
-    The product with `x_proj_weight` is computed in the type of `x`, or of autocast; the rest in float32, or in float64
+    The product with `x_proj_weight` is computed in the dtype of `x`, or of autocast; the rest in float32, or in float64
     if `x` is float64. Differentiable once in all tensors.
 
     Args:
@@ -71,22 +69,21 @@ def ss2d(
         x_proj_weight: (4, rank + 2 state, dim).
         dt_projs_weight: (4, dim, rank).
         dt_projs_bias: (4, dim).
-        A: (4 dim, state) state matrices, diagonal; negative for stable recurrences. Route after route, as D.
+        A: (4 dim, state) state matrices of the routes in turn, diagonal; negative for stable recurrences.
         D: (4 dim,) skip weights.
         routes: "cross", "unidirectional" or "bidirectional", see `cross_scan`.
-        out_dtype: Of the output; that of `x` if None.
+        out_dtype: Dtype of the output, by default that of `x`.
 
     Returns:
         y: (batch, dim, height, width), dense, channels last if the channels of `x` are adjacent in memory.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit (names the argument and both shapes), or there are no such
-            routes.
+        ValueError: Shapes, dtypes or devices do not fit (names the argument and both shapes), or `routes` is unknown.
     """
     _check_sizes(x, dt_projs_weight, A)
     columns = dt_projs_weight.shape[2] + 2 * A.shape[1]
     check("ss2d", {"x": (x, x.shape), "x_proj_weight": (x_proj_weight, (4, columns, x.shape[1]))})
-    # A product at each position, and so the same before and after these are put in the order of a route.
+    # A product at each position, so it may be computed before the positions are reordered along a route.
     pixels = x.flatten(2).transpose(1, 2)  # (batch, length, dim)
     projections = F.linear(pixels, x_proj_weight.flatten(0, 1).to(x.dtype)).unflatten(2, x_proj_weight.shape[:2])
     out_dtype = x.dtype if out_dtype is None else out_dtype
@@ -94,24 +91,15 @@ def ss2d(
 
 
 def _check_sizes(x: Tensor, dt_projs_weight: Tensor, A: Tensor) -> None:
-    """Check the dimensions of the tensors that say which sizes the others must have."""
+    """Check the dimensions of the tensors that determine the sizes of the others."""
     check_dims("ss2d", "x", x, "batch, dim, height, width")
     check_dims("ss2d", "dt_projs_weight", dt_projs_weight, "4, dim, rank")
     check_dims("ss2d", "A", A, "4 dim, state")
     check_states("ss2d", A)
 
 
-def _check(
-    grad_y: Tensor | None,
-    x: Tensor,
-    projections: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    routes: str,
-    out_dtype: torch.dtype = torch.float32,
-) -> None:
+def _check(grad_y: Tensor | None, given: Ss2dArguments) -> None:
+    x, projections, dt_weight, dt_bias, A, D, routes, out_dtype = given
     check_routes("ss2d", routes)
     _check_sizes(x, dt_weight, A)
     (batch, dim, height, width), rank, state = x.shape, dt_weight.shape[2], A.shape[1]
@@ -130,71 +118,11 @@ def _check(
     check_output_dtype("ss2d", out_dtype)
 
 
-def _forward(
-    x: Tensor,
-    projections: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    routes: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    forward = OPERATOR.select(x.device.type, x, out_dtype).forward
-    y = forward(x, projections, dt_weight, dt_bias, A, D, routes, out_dtype)
-    return y.contiguous(memory_format=memory_format_of(x))
-
-
-def _fake_forward(x, projections, dt_weight, dt_bias, A, D, routes, out_dtype):
-    return empty_image(x, out_dtype)
-
-
-def _gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    projections: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    routes: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = OPERATOR.select(x.device.type, x, grad_y.dtype).backward
-    grad_x, *others = backward(grad_y, x, projections, dt_weight, dt_bias, A, D, routes)
-    grad_x = grad_x.contiguous(memory_format=memory_format_of(x))
-    return grad_x, *(each.contiguous() for each in others)
-
-
-def _fake_gradients(grad_y, x, projections, dt_weight, dt_bias, A, D, routes):
-    others = (projections, dt_weight, dt_bias, A, D)
-    return empty_image(x, x.dtype), *(torch.empty_like(each, memory_format=torch.contiguous_format) for each in others)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.routes, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_y):
-    grads = torch.ops.vision_kernels.ss2d_backward(grad_y, *ctx.saved_tensors, ctx.routes)
-    return *grads, None, None
-
-
-register(
-    "ss2d",
-    _forward,
-    _fake_forward,
-    _gradients,
-    _fake_gradients,
-    _backward,
-    _setup_context,
-    check=_check,
-    composition=functools.partial(ss2d_unfused, selective_scan_reference),
-)
+register(OPERATOR, Ss2dArguments, _check, _definition, memory_format=memory_format_of)
 
 
 def _flops(x_shape, dt_weight_shape, A_shape) -> int:
-    """Those of four selective scans, and of the products that give their step sizes."""
+    """Count four selective scans and the products that yield their step sizes."""
     batch, dim, height, width = x_shape
     return batch * 4 * dim * height * width * (9 * A_shape[1] + 2 + 2 * dt_weight_shape[2])
 

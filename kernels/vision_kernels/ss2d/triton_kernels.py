@@ -1,13 +1,13 @@
-"""The Triton kernels of SS2D: a selective scan along one route of an image, which is read and written in place.
+"""Triton kernels for SS2D: a selective scan along one route of an image, which is read and written in place.
 
-As in the kernels of `selective_scan`, a program scans one block of channels step after step, a channel to a lane with
-its states in registers, and time is cut into chunks where programs would be too few. A route is a walk along lines,
-the rows or columns of the image, given by three offsets: of its first position, to the next line and along a line;
-these are negative for a route backwards. Blocks of steps end with a line, so that the place of a step costs no
-division. The step sizes are computed from their low rank in the same loop. Outputs of the four routes are added up one
-launch after the other, in float32, so that each sum has a fixed order.
+As in the kernels of `selective_scan`, a program scans one block of channels step by step, with one channel per lane and
+its states in registers, and time is split into chunks if there are too few programs. A route is a walk along lines, the
+rows or columns of the image, given by three offsets: of its first position, to the next line and along a line; these
+are negative for a reversed route. Blocks of steps end with a line, so that the position of a step needs no division.
+The step sizes are computed from their low-rank factors in the same loop. Outputs of the four routes are summed launch
+by launch, in float32, so that each sum has a fixed order.
 
-`unit` is 1, the stride of tiles, which Triton must not know: see there.
+`unit` is 1, the stride of tiles, which Triton must not know; see the kernels of `selective_scan`.
 """
 
 import triton
@@ -15,12 +15,12 @@ import triton.language as tl
 
 from vision_kernels.triton_math import LOG2_E, finite, load_steps, sigmoid, softplus
 
-_SIZES = ("height", "width", "blocks", "chunks")  # not to compile again for each kind of them: see there
+_SIZES = ("height", "width", "blocks", "chunks")  # not specialized, as in the kernels of selective_scan
 
 
 @triton.jit
 def _walk(route, height, width, stride_h, stride_w, COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Return the offsets of the route's first position, to the next line and along a line, for these strides."""
+    """Return the offsets of the route's first position, to the next line, and along a line, for these strides."""
     zero = tl.full((), 0, tl.int64)
     down, right = zero + stride_h, zero + stride_w
     by_columns = ((COLUMNS >> route) & 1) == 1
@@ -32,7 +32,7 @@ def _walk(route, height, width, stride_h, stride_w, COLUMNS: tl.constexpr, BACKW
 
 @triton.jit
 def _lines(route, height, width, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
-    """Return how long lines are, the blocks of steps in a line, and those of the route."""
+    """Return the length of a line, and the numbers of blocks of steps in a line and in the route."""
     by_columns = ((COLUMNS >> route) & 1) == 1
     length, lines = tl.where(by_columns, height, width), tl.where(by_columns, width, height)
     in_line = (length + STEPS - 1) // STEPS
@@ -41,7 +41,7 @@ def _lines(route, height, width, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def _place(dim, blocks, chunks, BLOCK: tl.constexpr):
-    """Return batch entry, chunk and channels."""
+    """Return the batch entry, chunk and channels."""
     program = tl.program_id(0)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
     return (program // blocks // chunks).to(tl.int64), program // blocks % chunks, channel.to(tl.int64)
@@ -49,7 +49,7 @@ def _place(dim, blocks, chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows(table, channel, row, exists, unit, COUNT: tl.constexpr):
-    """Return (channels, rows) of a table (dim, COUNT) in float32, zeros where there is none."""
+    """Return (channels, rows) of a table (dim, COUNT) in float32, with zeros for missing elements."""
     mask = exists[:, None] & (row < COUNT)[None, :]
     return tl.load(table + channel[:, None] * COUNT + row[None, :] * unit, mask=mask, other=0.0).to(tl.float32)
 
@@ -65,7 +65,7 @@ def _low_weight(weight, channel, exists, RANK: tl.constexpr):
 
 @triton.jit
 def _load_low(at, t, stop, stride, RANK: tl.constexpr, STEPS: tl.constexpr):
-    """Load the step sizes of low rank of STEPS steps as a tuple, those of one step after those of another.
+    """Load the low-rank step sizes of STEPS steps as a tuple, step by step.
 
     One number for all lanes at a time: a tile of them would be spread over lanes, and the sum with it.
     """
@@ -78,7 +78,7 @@ def _load_low(at, t, stop, stride, RANK: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def _step_size(low, weight, shift, valid, K: tl.constexpr, RANK: tl.constexpr):
-    """Return the step, zero where there is none, and what the softplus was taken of."""
+    """Return the step size, zero for missing steps, and the argument of the softplus."""
     raw = shift
     for r in tl.static_range(RANK):
         raw += low[K * RANK + r].to(tl.float32) * weight[r]
@@ -93,7 +93,7 @@ def ss2d_forward(
     BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr,
     OUTPUT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Write to y what is in `before` (if any) plus the output of a route; or the sum of steps and end state of chunks.
+    """Write to y the output of a route plus `before` (if any); or the sum of steps and the end state of chunks.
 
     The latter without `OUTPUT`, for the four routes at once: totals is (batch, 4, chunks, dim), and states (batch, 4,
     chunks, TILE, dim); where `CHAINED`, the start of each chunk.
@@ -170,7 +170,7 @@ def ss2d_adjoint(
     RANK: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """Write what each chunk hands to the gradient of the states before it, if nothing comes from after it."""
+    """Write what each chunk contributes to the gradient of the states before it, with nothing from later chunks."""
     entry, chunk, channel = _place(dim, blocks, chunks, BLOCK)
     route = tl.program_id(1)
     exists = channel < dim
@@ -213,7 +213,7 @@ def ss2d_backward(
     RANK: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one route; to grad_x what is in `before` (if any) plus its gradient.
+    """Write the gradients of one route; to grad_x its gradient plus `before` (if any).
 
     First forwards, keeping the state before each block of steps in boundaries (batch, blocks of steps, TILE, dim); then
     backwards, computing the states inside of a block again. grad_raw (batch, length, dim) in row-major order is the
@@ -248,7 +248,7 @@ def ss2d_backward(
     start, last = chunk * in_chunk, tl.minimum((chunk + 1) * in_chunk, all_blocks)
     kept = boundaries + entry * all_blocks * TILE * dim + tile
     h = tl.zeros((BLOCK, TILE), tl.float32)
-    later = tl.zeros((BLOCK, TILE), tl.float32)  # what comes from the step after
+    later = tl.zeros((BLOCK, TILE), tl.float32)  # from the following step
     of_chunk = ((entry * 4 + route) * chunks + chunk) * TILE * dim + tile
     if CHAINED:
         h = tl.load(starts + of_chunk, mask=exists[:, None], other=0.0)
@@ -295,7 +295,7 @@ def ss2d_backward(
             tl.store(couplings + TILE, tl.sum(g[:, None] * states[k + 1], 0), mask=valid)
             of_drive = tl.sum(grad * B_now[k].to(tl.float32), 1)
             later = decays[k] * grad
-            of_exponent = tl.where(valid, later * states[k], 0.0)  # states behind the end may be no numbers
+            of_exponent = tl.where(valid, later * states[k], 0.0)  # states after the end may be NaN
             of_A += of_exponent * step[:, None]
             of_raw = (tl.sum(of_exponent * exponent, 1) * (1.0 / LOG2_E) + of_drive * value) * sigmoid(raws[k])
             of_raw = tl.where(valid, of_raw, 0.0)

@@ -1,40 +1,39 @@
-"""SS2D by Triton: how the kernels are launched. Shapes as in `vision_kernels.ss2d.unfused`."""
+"""Launches of the Triton kernels for SS2D."""
 
 import torch
 from torch import Tensor
 
 from vision_kernels.cross_scan.routes import ROUTES
 from vision_kernels.selective_scan.triton_scan import launch_chain, power_of_two
-from vision_kernels.ss2d.cpu import empty_image
+from vision_kernels.ss2d.arguments import Ss2dArguments, empty_image
 from vision_kernels.ss2d.triton_kernels import ss2d_adjoint, ss2d_backward, ss2d_forward
+from vision_kernels.views import contiguous_like
 
 _WARP = 32
-_NUMBERS_PER_LANE = 32  # in the tiles of states that are held for one step
-# As in selective_scan: time is cut into chunks, not shorter than this, only where programs would be too few otherwise.
+_NUMBERS_PER_LANE = 32  # in the tiles of states of one step
+# As in selective_scan, time is split into chunks only if there are fewer programs than this.
 _ENOUGH_PROGRAMS = 1536
-_SHORTEST_CHUNK = 128
-_REGISTERS_AHEAD = 96  # for what is loaded of the projections for one block of steps
+_SHORTEST_CHUNK = 128  # steps
+_REGISTERS_AHEAD = 96  # for the projections that are loaded for one block of steps
 
 
 class _Scan:
-    """The inputs, and how the work on them is divided among programs."""
+    """The inputs, and the division of the work among programs."""
 
-    def __init__(self, x, projections, dt_weight, dt_bias, A, D, routes: str, tiles: int):
-        """`tiles`: as many of states are held for each of the steps which are loaded together."""
-        self.x, self.routes = x, routes
+    def __init__(self, given: Ss2dArguments, tiles: int) -> None:
+        """Divide the work; `tiles` of states are kept for each of the steps that are loaded together."""
+        self.x, projections, *parameters, self.routes, _ = given
         self.projections = projections if projections.stride(3) == 1 else projections.contiguous()
-        self.dt_weight, self.dt_bias, self.A, self.D = (
-            each.float().contiguous() for each in (dt_weight, dt_bias, A, D)
-        )
-        self.batch, self.dim, self.height, self.width = x.shape
-        self.rank, self.states = dt_weight.shape[2], A.shape[1]
+        self.dt_weight, self.dt_bias, self.A, self.D = (each.float().contiguous() for each in parameters)
+        self.batch, self.dim, self.height, self.width = self.x.shape
+        self.rank, self.states = self.dt_weight.shape[2], self.A.shape[1]
         self.tile = power_of_two(self.states)
         self.block = max(1, min(_WARP, _WARP * _NUMBERS_PER_LANE // (tiles * self.tile)))
         self.blocks = -(-self.dim // self.block)
         fitting = _REGISTERS_AHEAD // (power_of_two(self.rank) + tiles * self.tile)
         self.steps = min(4, max(1, power_of_two(fitting + 1) // 2), power_of_two(max(self.height, self.width)))
         programs, length = self.batch * self.blocks, self.height * self.width
-        self.chunks = max(1, min(-(-_ENOUGH_PROGRAMS // max(1, programs)), length // _SHORTEST_CHUNK))
+        self.chunks = max(1, min(-(-_ENOUGH_PROGRAMS // programs), length // _SHORTEST_CHUNK))
 
     def new(self, *shape: int) -> Tensor:
         return self.A.new_empty(shape, dtype=torch.float32)
@@ -58,8 +57,16 @@ class _Scan:
     def parameters(self) -> tuple[Tensor, ...]:
         return self.projections, self.dt_weight, self.dt_bias, self.A
 
-    def forward(self, route: int, routes: int, before, y, totals, states) -> None:
-        """Launch the kernel on `routes` routes from `route` on."""
+    def forward(
+        self,
+        route: int,
+        routes: int,
+        before: Tensor | None,
+        y: Tensor | None,
+        totals: Tensor | None,
+        states: Tensor | None,
+    ) -> None:
+        """Launch the kernel on `routes` routes, the first of which is `route`."""
         ss2d_forward[(self.batch * self.blocks * self.chunks, routes)](
             self.x,
             *self.parameters(),
@@ -87,7 +94,7 @@ class _Scan:
         return states, totals
 
     def adjoints(self, grad_y: Tensor, totals: Tensor) -> Tensor:
-        """Return what the chunk after each one adds to the gradient of its last state, as `starts`."""
+        """Return what the following chunk adds to the gradient of each chunk's last state, in the shape of `starts`."""
         adjoints = self.new(self.batch * 4, self.chunks, self.tile, self.dim)
         ss2d_adjoint[(self.batch * self.blocks * self.chunks, 4)](
             grad_y,
@@ -102,43 +109,34 @@ class _Scan:
         return adjoints
 
 
-def ss2d_triton(x, projections, dt_weight, dt_bias, A, D, routes: str, out_dtype: torch.dtype) -> Tensor:
-    """Return y (batch, dim, height, width) of `out_dtype`."""
-    y = empty_image(x, out_dtype)
-    if y.numel():
-        scan = _Scan(x, projections, dt_weight, dt_bias, A, D, routes, tiles=2)
-        with torch.cuda.device_of(x):
-            sums = y if out_dtype == torch.float32 else empty_image(x, torch.float32)
-            starts = scan.starts()[0] if scan.chunks > 1 else None
-            for route in range(4):
-                scan.forward(route, 1, sums if route else None, y if route == 3 else sums, None, starts)
+def forward(given: Ss2dArguments) -> Tensor:
+    """Return y (batch, dim, height, width) with `out_dtype`."""
+    scan, y = _Scan(given, tiles=2), empty_image(given.x, given.out_dtype)
+    with torch.cuda.device_of(y):
+        sums = y if y.dtype == torch.float32 else empty_image(given.x, torch.float32)
+        starts = scan.starts()[0] if scan.chunks > 1 else None
+        for route in range(4):
+            scan.forward(route, 1, sums if route else None, y if route == 3 else sums, None, starts)
     return y
 
 
-def ss2d_triton_backward(grad_y, x, projections, dt_weight, dt_bias, A, D, routes: str) -> tuple[Tensor, ...]:
-    """Return the gradients of the six tensors from x to D."""
-    parameters = (dt_weight, dt_bias, A, D)
-    grad_x = empty_image(x, x.dtype)
-    grad_projections = torch.empty_like(projections, memory_format=torch.contiguous_format)
-    if x.numel() == 0:
-        return grad_x, grad_projections, *(torch.zeros_like(each) for each in parameters)
-    with torch.cuda.device_of(x):
-        backward = _Backward(_Scan(x, projections, *parameters, routes, tiles=4), grad_y, grad_x, grad_projections)
-        by_route = [backward.along(route) for route in range(4)]
+def backward(grad_y: Tensor, given: Ss2dArguments) -> tuple[Tensor, ...]:
+    """Return the gradients of the six tensors."""
+    grad_x, grad_projections = empty_image(given.x, given.x.dtype), contiguous_like(given.projections)
+    with torch.cuda.device_of(grad_x):
+        routes = _Backward(_Scan(given, tiles=4), grad_y, grad_x, grad_projections)
+        by_route = [routes.along(route) for route in range(4)]
     of_parameters = (torch.stack(each) for each in zip(*by_route, strict=True))
-    return (
-        grad_x,
-        grad_projections,
-        *(grad.view_as(each).to(each.dtype) for grad, each in zip(of_parameters, parameters, strict=True)),
-    )
+    return grad_x, grad_projections, *(grad.view_as(each) for grad, each in zip(of_parameters, given[2:6], strict=True))
 
 
 class _Backward:
-    """Buffers that the routes use one after the other, each of the size of x or less."""
+    """Buffers that the routes use in turn, none larger than x."""
 
-    def __init__(self, scan: _Scan, grad_y: Tensor, grad_x: Tensor, grad_projections: Tensor):
+    def __init__(self, scan: _Scan, grad_y: Tensor, grad_x: Tensor, grad_projections: Tensor) -> None:
         self.scan, self.grad_y, self.grad_x, self.grad_projections = scan, grad_y, grad_x, grad_projections
-        self.starts, self.adjoints = None, None
+        self.starts: Tensor | None = None
+        self.adjoints: Tensor | None = None
         if scan.chunks > 1:
             self.starts, totals = scan.starts()
             self.adjoints = scan.adjoints(grad_y, totals)
@@ -151,7 +149,7 @@ class _Backward:
         self.of_couplings = scan.new(scan.blocks, scan.batch, positions, 2, scan.tile)
 
     def along(self, route: int) -> tuple[Tensor, ...]:
-        """Add the gradients of a route to those of the inputs; return those of its parameters."""
+        """Add the gradients of a route to those of the inputs, and return those of its parameters."""
         scan, grad_x = self.scan, self.grad_x if route == 3 else self.sums
         parts = scan.batch, scan.chunks
         of_A = scan.new(*parts, scan.tile, scan.dim)

@@ -1,9 +1,9 @@
-// Stands in for CUDA's header of this name, so that a C++ compiler builds the CUDA kernels for the CPU and their
+// Replacement for CUDA's header of this name, so that a C++ compiler builds the CUDA kernels for the CPU and their
 // arithmetic, indices and barriers are tested without a GPU.
 //
 // The blocks of a grid run one after another. The threads of a block take turns: each runs until it reaches a barrier or
-// a shuffle. Every other round goes through the threads backwards, so that a missing barrier shows, and a barrier that
-// not all threads reach ends the program. What it cannot show: races within a round, and anything about speed.
+// a shuffle. Every other round visits the threads in reverse, so that a missing barrier is detected, and a barrier that
+// not all threads reach ends the program. Races within a round and the speed cannot be tested.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -90,7 +90,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<char> stacks;
     std::vector<unsigned char> shared;
-    std::vector<Exchanged> exchanged;  // for each thread, what it offers in a shuffle, and in the one after
+    std::vector<Exchanged> exchanged;  // for each thread, its values in a shuffle and in the next one
     size_t running;
     jmp_buf scheduler;
     void (*body)(void*);
@@ -124,7 +124,7 @@ inline void resume(size_t index) {
     setcontext(&thread.context);
 }
 
-// Lets threads go on whose barrier all others, of the block or of the warp, have reached or left for good.
+// Resumes the threads at a barrier that all others, of the block or of the warp, have reached or will never reach.
 inline bool release(size_t begin, size_t end, State barrier) {
     bool any = false;
     for (size_t i = begin; i < end; ++i) {
@@ -145,7 +145,7 @@ inline void run_block(size_t count) {
         thread.exchanges = 0;
         thread.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     }
-    std::fill(block.shared.begin(), block.shared.end(), 0xFF);  // not-a-number, for what is read unwritten
+    std::fill(block.shared.begin(), block.shared.end(), 0xFF);  // NaN, to detect reads of unwritten memory
     for (size_t round = 0;; ++round) {
         for (size_t i = 0; i < count; ++i) {
             const size_t index = round % 2 ? count - 1 - i : i;

@@ -1,20 +1,21 @@
-"""Cross scan and cross merge by the CUDA kernels (csrc/cuda/cross_scan.cu)."""
+"""Cross scan and cross merge by the compiled kernels (csrc/cpu/cross_scan.cpp and csrc/cuda/cross_scan.cu)."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from vision_kernels import cuda, native
+from vision_kernels.arguments import why_not_dtypes
 from vision_kernels.cross_scan.routes import ROUTES
-from vision_kernels.cuda import Library
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_unable(leading: Tensor, *others: object) -> str | None:
-    """Return why the kernels cannot compute this, or None if they can."""
-    return None if leading.dtype in _DTYPES else f"moves float32, float16 and bfloat16, not {leading.dtype}"
+def why_unable(supported: Sequence[torch.dtype], tensor: Tensor) -> str | None:
+    """Return why kernels for these dtypes cannot move a tensor, or None if they can."""
+    return why_not_dtypes("moves", supported, tensor.dtype)
 
 
-def cross_scan_cuda(library: Library, x: Tensor, routes: str) -> Tensor:
+def scan(library: native.Library | cuda.Library, x: Tensor, routes: str) -> Tensor:
     """Return (batch, 4, dim, length)."""
     batch, dim, height, width = x.shape
     if 1 not in (x.stride(2), x.stride(3)):
@@ -24,7 +25,7 @@ def cross_scan_cuda(library: Library, x: Tensor, routes: str) -> Tensor:
     return y
 
 
-def cross_merge_cuda(library: Library, y: Tensor, height: int, width: int, routes: str) -> Tensor:
+def merge(library: native.Library | cuda.Library, y: Tensor, height: int, width: int, routes: str) -> Tensor:
     """Return (batch, dim, length)."""
     if y.stride(3) != 1:
         y = y.contiguous()
