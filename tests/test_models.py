@@ -289,7 +289,7 @@ def test_released_weights_without_network_say_what_to_get(name, monkeypatch, tmp
     with pytest.raises(mambavision.errors.CheckpointError) as error:
         timm.create_model(name, pretrained=True)
     message = str(error.value)
-    assert f"Get {RELEASED[name]} on a machine with network" in message
+    assert f"Download {RELEASED[name]} on a machine with network access" in message
     assert "checkpoint_path" in message
 
 
