@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import mambavision
-from conftest import ROOT, load_program
+from checkout import ROOT, load_program
 from engine.options import (
-    activation_map_options,
-    predict_options,
-    receptive_field_options,
-    throughput_options,
-    train_options,
-    validate_options,
+    ActivationMapOptions,
+    PredictOptions,
+    ReceptiveFieldOptions,
+    ThroughputOptions,
+    TrainOptions,
+    ValidateOptions,
 )
 from pages import PAGES, blocks
 
@@ -38,14 +38,14 @@ def commands():
 
 
 CLASSIFICATION = {
-    "train.py": train_options,
-    "validate.py": validate_options,
-    "predict.py": predict_options,
-    "throughput.py": throughput_options,
-    "receptive_field.py": receptive_field_options,
-    "activation_map.py": activation_map_options,
-    "./train.sh": train_options,
-    "./test.sh": validate_options,
+    "train.py": TrainOptions.parse,
+    "validate.py": ValidateOptions.parse,
+    "predict.py": PredictOptions.parse,
+    "throughput.py": ThroughputOptions.parse,
+    "receptive_field.py": ReceptiveFieldOptions.parse,
+    "activation_map.py": ActivationMapOptions.parse,
+    "./train.sh": TrainOptions.parse,
+    "./test.sh": ValidateOptions.parse,
 }
 
 

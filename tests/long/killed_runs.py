@@ -11,15 +11,16 @@ import pytest
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [TESTS, os.path.join(TESTS, "openmmlab")]
 
-from ranks import run_ranks  # noqa: E402
 from test_preempted_runs import TASKS, identical  # noqa: E402
 
-from conftest import ROOT, SETTING, summary, weights  # noqa: E402
-from conftest import identical as same_weights  # noqa: E402
+from checkout import ROOT  # noqa: E402
 from engine import run  # noqa: E402
 from mambavision.checkpoint import read_checkpoint  # noqa: E402
 from mambavision.openmmlab import run as openmmlab  # noqa: E402
 from mambavision.running.newest import newest_valid  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+from small_runs import SETTING, summary, weights  # noqa: E402
+from small_runs import identical as same_weights  # noqa: E402
 
 SEEDS = range(4)
 KILLS = 4  # of a run

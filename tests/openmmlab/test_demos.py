@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, load_program
+from checkout import ROOT, load_program
 from mambavision.openmmlab import demo as shared
 
 TASKS = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}

@@ -10,11 +10,12 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, identical, load_program
+from checkout import ROOT, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, OutputError, UserError
 from mambavision.openmmlab import run
 from mambavision.openmmlab.config import load_config
+from small_runs import identical
 
 TOOLS = ROOT / "object_detection" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, identical, load_program
+from checkout import ROOT, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
 from mambavision.openmmlab import run
 from mambavision.openmmlab.config import load_config
+from small_runs import identical
 
 TOOLS = ROOT / "semantic_segmentation" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_segmenter.py"

@@ -1,0 +1,112 @@
+"""The shape of the repository: who may import whom, and nothing that does not belong."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkout import ROOT, SOURCES, tracked
+
+# What the files below a folder may import besides the standard library and their own package. The first match counts.
+OPENMMLAB = {"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"}
+PROGRAMS = {
+    "mambavision",
+    "vision_kernels",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "PIL",
+    "yaml",
+    "rich",
+    "matplotlib",
+}
+MAY_IMPORT = {
+    "kernels/vision_kernels": {"torch", "triton"},
+    "kernels/benchmarks": {"vision_kernels", "mambavision", "torch", "timm", "mamba_ssm"},
+    "mambavision/openmmlab": {
+        "vision_kernels",
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "sklearn",
+        "rich",
+        "cv2",
+        "PIL",
+    }
+    | OPENMMLAB,
+    "mambavision": {"vision_kernels", "torch", "timm", "numpy", "safetensors", "huggingface_hub", "rich"},
+    "classification": PROGRAMS | {"engine", "wandb", "sklearn"},
+    "object_detection": PROGRAMS | OPENMMLAB,
+    "semantic_segmentation": PROGRAMS | OPENMMLAB,
+}
+# May be absent, and so must not be imported when a module is.
+OPTIONAL = {"triton", "wandb", "sklearn", "matplotlib", "transformers", "natten"} | OPENMMLAB
+
+
+PROGRAMS_OF_TESTS = Path(__file__).parent / "programs"
+
+
+def imports(path, top_level_only=False):
+    tree = ast.parse((ROOT / path).read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [node.module]
+        yield from (name.split(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_dependencies_point_one_way(path):
+    folder = next((folder for folder in MAY_IMPORT if path.startswith(folder + "/")), None)
+    if folder is None:
+        assert path in ("hubconf.py", "setup.py", "kernels/setup.py")
+        return
+    own = {"vision_kernels" if folder == "kernels/vision_kernels" else folder.split("/")[0]}
+    own |= {file.stem for file in (ROOT / path).parent.glob("*.py")}  # programs that lie side by side
+    foreign = set(imports(path)) - set(sys.stdlib_module_names) - MAY_IMPORT[folder] - own
+    assert not foreign, f"{path} imports {foreign}"
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    if Path(path).name.startswith("triton_"):
+        return  # kernels are compiled from modules, which are imported when the first of them is called
+    if not path.startswith("mambavision/openmmlab/") and "/tools/" not in path:
+        assert not set(imports(path, top_level_only=True)) & OPTIONAL
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_search_path_is_left_alone(path):
+    assert "sys.path" not in (ROOT / path).read_text()
+
+
+def test_classification_needs_no_openmmlab():
+    command = [sys.executable, str(PROGRAMS_OF_TESTS / "import_classification.py"), *sorted(OPENMMLAB)]
+    subprocess.run(command, cwd=ROOT / "classification", check=True)
+
+
+def test_kernels_folder_is_no_package():
+    """Hugging Face publishes a package called `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_test_data_and_pictures_are_small():
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked()}
+    assert sum(size for name, size in sizes.items() if name.startswith("tests/data/")) < 4e6
+    for name, size in sizes.items():
+        limit = 300e3 if Path(name).suffix in (".png", ".jpg") else 1.3e6
+        assert size < limit, name
+
+
+def test_torch_hub_offers_every_model(tmp_path):
+    """From a checkout that is not installed."""
+    command = [sys.executable, str(PROGRAMS_OF_TESTS / "load_from_hub.py"), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where torch.hub leaves it after loading from its cache
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment)
