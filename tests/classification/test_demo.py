@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkout import ROOT
+from checkout import ROOT, load_program
 
 RECIPE = "configs/mambavision/mambavision_digits.yaml"
 
@@ -16,8 +16,7 @@ RECIPE = "configs/mambavision/mambavision_digits.yaml"
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
     """Run the demo with programs that only leave the files it reads; return the words of train.py."""
-    import demo as program
-
+    program = load_program("assets/demo/classification.py")
     starts = itertools.count()
 
     def start(config=RECIPE, completes=True):
@@ -28,6 +27,7 @@ def demo(monkeypatch, tmp_path):
             words = commands[0]
             folder = tmp_path / "runs" / words[words.index("--experiment") + 1]
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.yaml").write_text(Path(config).read_text())
             (folder / "summary.csv").write_text("train_images_per_second\n100\n")
             if not completes:
                 sys.exit(130)
@@ -39,7 +39,7 @@ def demo(monkeypatch, tmp_path):
         monkeypatch.setattr("time.strftime", lambda pattern: f"start-{next(starts)}")
         monkeypatch.setattr(program, "write_digits", lambda root: None)
         monkeypatch.setattr("signal.signal", lambda *_: None)
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--config", str(config), "--out", str(tmp_path)])
+        monkeypatch.setattr(sys, "argv", ["classification.py", "--config", str(config), "--out", str(tmp_path)])
         monkeypatch.chdir(ROOT / "classification")
         if completes:
             program.main()

@@ -21,7 +21,7 @@ def test_evaluation_counts_every_image_once(digits, world_size):
         split = data.open_split(data_dir=str(digits), split="validation")
         loader = eval_loader(
             split, CONFIG, batch_size=4, workers=0,
-            share=Group(Process(rank, 0, world_size)), prefetch=False,
+            group=Group(Process(rank, 0, world_size)), prefetch=False,
         )  # fmt: skip
         scores = evaluate(model, loader, torch.device("cpu"))
         images = len(range(rank, 15, world_size))

@@ -36,7 +36,7 @@ def test_interrupted_training_says_how_to_go_on(digits, tmp_path):
     assert program.returncode == 130
     last_line = errors.splitlines()[-1]
     assert re.fullmatch(
-        r"interrupted in epoch (1|2); go on with --resume auto \(last complete epoch: (0|1)\)", last_line
+        r"interrupted in epoch (1|2); resume with --resume auto \(last complete epoch: (0|1)\)", last_line
     )
     assert "Traceback" not in errors
 
@@ -45,9 +45,9 @@ def test_interrupted_training_says_how_to_go_on(digits, tmp_path):
     ("words", "complete", "advice"),
     [
         ([], None, " in epoch 0; no checkpoint was written yet"),
-        ([], 0, " in epoch 1; go on with --resume auto (last complete epoch: 0)"),
+        ([], 0, " in epoch 1; resume with --resume auto (last complete epoch: 0)"),
         (["--no-saver"], 0, " in epoch 1; no checkpoint was written yet"),
-        (["--recovery-interval", "1"], None, " in epoch 0; go on with --resume auto (last complete epoch: none)"),
+        (["--recovery-interval", "1"], None, " in epoch 0; resume with --resume auto (last complete epoch: none)"),
     ],
 )
 def test_advice_depends_on_what_was_saved(prepare, monkeypatch, words, complete, advice):
@@ -82,4 +82,4 @@ def test_interruption_while_the_report_is_closed_is_explained(prepare, monkeypat
     monkeypatch.setattr(report.RunReport, "close", close_and_be_interrupted)
     with pytest.raises(Interruption) as interruption:
         small.fit()
-    assert interruption.value.advice == " in epoch 0; go on with --resume auto (last complete epoch: none)"
+    assert interruption.value.advice == " in epoch 0; resume with --resume auto (last complete epoch: none)"

@@ -82,7 +82,7 @@ def test_chosen_maps_and_rollout(digits, checkpoint, tmp_path):
     maps = np.load(tmp_path / row["maps"])
     assert list(maps) == ["all_norm_CB", "ao1_norm_CB"]
     assert maps["all_norm_CB"].sum() == pytest.approx(1)
-    with pytest.raises(UserError, match="--rollout is for maps without negative values"):
+    with pytest.raises(UserError, match="--rollout needs maps without negative values"):
         draw_activation_maps(ActivationMapOptions.parse([*words, "a0_CB", "--rollout"]))
 
 

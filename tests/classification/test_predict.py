@@ -11,6 +11,7 @@ from scoring import CLASSES, classify
 
 import mambavision
 from engine import contact_sheet
+from engine.acceleration import compile_arguments
 from engine.model import open_classifier
 from engine.options import PredictOptions, TrainOptions, ValidateOptions
 from engine.predict import find_images
@@ -58,7 +59,7 @@ def test_modes_are_of_inductor():
     expected = {"backend": "inductor", "mode": "reduce-overhead"}
     assert compiled_with(ValidateOptions.parse(reduced)) == compiled_with(TrainOptions.parse(reduced)) == expected
     assert compiled_with(ValidateOptions.parse(["--torchcompile"])) == {"backend": "inductor"}
-    with pytest.raises(UserError, match="--torchcompile-mode is inductor's, and --torchcompile names eager"):
+    with pytest.raises(UserError, match="--torchcompile-mode is for inductor, but --torchcompile names eager"):
         compiled_with(ValidateOptions.parse(["--torchcompile", "eager", *reduced]))
 
 
@@ -89,10 +90,10 @@ def test_unusual_images_are_classified(checkpoint, tmp_path):
 
 
 def test_rotated_photographs_follow_the_checkpoint(checkpoint):
-    args = PredictOptions.parse(["x"])
-    assert not open_classifier(args, None, str(checkpoint), torch.device("cpu"), exif_default=True).exif_transpose
-    args = PredictOptions.parse(["x", "--exif-transpose"])
-    assert open_classifier(args, None, str(checkpoint), torch.device("cpu"), exif_default=True).exif_transpose
+    options = PredictOptions.parse(["x"]).preprocessing
+    assert not open_classifier(options, None, str(checkpoint), torch.device("cpu"), exif_default=True).exif_transpose
+    options = PredictOptions.parse(["x", "--exif-transpose"]).preprocessing
+    assert open_classifier(options, None, str(checkpoint), torch.device("cpu"), exif_default=True).exif_transpose
 
 
 def test_class_names_from_a_file_or_imagenet(digits, checkpoint, tmp_path):

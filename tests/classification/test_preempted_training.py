@@ -87,14 +87,14 @@ def test_asked_run_ends_like_an_undisturbed_one(train, ask, capsys, moment):
     with pytest.raises(Preempted) as left:
         train(*FULL, "--experiment", "asked")
     assert left.value.exit_status == PREEMPTED
-    assert left.value.advice == f" in epoch {place[0]}; the same command goes on from there"
+    assert left.value.advice == f" in epoch {place[0]}; the same command resumes the run"
     asked = undisturbed.parent / "asked"
     recovery = read_checkpoint(asked / run_folder.RECOVERY)
     assert (recovery["epoch"], recovery["next_batch"]) == place
     (asked / ".last.pth.tar.1234.tmp").write_text("of a process that was killed")
     capsys.readouterr()
     train(*FULL, "--experiment", "asked")
-    assert f"asked/{run_folder.RECOVERY}: its run was preempted (--resume never starts anew)" in capsys.readouterr().out
+    assert f"asked/{run_folder.RECOVERY}: its run was preempted (--resume never starts a new run)" in capsys.readouterr().out
     assert_same(asked, undisturbed)
     assert {path.name for path in asked.iterdir()} == {path.name for path in undisturbed.iterdir()}
 
@@ -135,7 +135,7 @@ def test_runs_can_start_anew(train, monkeypatch):
     train("--epochs", "1")  # for good
     assert len(folders()) == 3
     preempt(train, "--epochs", "1", "--experiment", "named")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         train("--epochs", "1", "--experiment", "named", "--resume", "never")
 
 
@@ -146,7 +146,7 @@ def test_jobs_that_slurm_restarts_go_on(train, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mambavision.running.record.mark_preempted", lambda folder: None)
         preempt(train, *words)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         train(*words)
     begin(Path("output/train/exp/named"), "never", is_new=True)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -222,7 +222,7 @@ def test_program_leaves_and_goes_on(start, tmp_path):
     os.killpg(asked.pid, signal.SIGTERM)
     said = asked.communicate(timeout=100)[0]
     assert asked.returncode == PREEMPTED
-    assert said.splitlines()[-1].endswith("; the same command goes on from there")
+    assert said.splitlines()[-1].endswith("; the same command resumes the run")
     assert "Traceback" not in said
     again = start("asked")
     assert "its run was preempted" in again.communicate(timeout=100)[0]
@@ -247,7 +247,7 @@ def test_two_processes_leave_together_and_go_on(start, tmp_path):
     second = next(int(pid) for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(second, signal.SIGUSR1)
     said = asked.communicate(timeout=100)[0]
-    assert "; the job is queued again" in said
+    assert "; the job has been requeued" in said
     assert said.count(f"exitcode  : {PREEMPTED} ") + said.count(f"exitcode: {PREEMPTED} ") >= 1, said
     assert requests.read_text() == "requeue 7\n"
 
@@ -255,7 +255,7 @@ def test_two_processes_leave_together_and_go_on(start, tmp_path):
     wait_for(asked, "its run was preempted")
     wait_for(asked, "epoch 3 [")
     asked.send_signal(signal.SIGTERM)
-    assert "; the job is queued again" in asked.communicate(timeout=100)[0]
+    assert "; the job has been requeued" in asked.communicate(timeout=100)[0]
     assert requests.read_text() == "requeue 7\n" * 2
 
     programs = [start("asked", 2, SLURM_RESTART_COUNT="2", **job), start("undisturbed", 2)]

@@ -94,7 +94,7 @@ def test_automatic_resume_takes_the_newest_whole_checkpoint(train, capsys):
         newest.write_bytes(b"half a check")
     again = train("--epochs", "4", "--resume", "auto")
     log = capsys.readouterr().out
-    assert "passed over" in log
+    assert "skipped" in log
     assert f"resuming {folder.relative_to(Path.cwd())}/checkpoint-1.pth.tar" in log
     assert again == folder
     assert [row["epoch"] for row in summary(folder)] == ["0", "1", "2", "3"]
@@ -103,7 +103,7 @@ def test_automatic_resume_takes_the_newest_whole_checkpoint(train, capsys):
 def test_finished_run_has_nothing_left_to_do(train, capsys):
     folder = train()
     train("--resume", folder / run_folder.LAST)
-    assert "all 2 epochs of this run are done" in capsys.readouterr().out
+    assert "all 2 epochs of this run are complete" in capsys.readouterr().out
 
 
 def test_foreign_checkpoints_start_a_folder_of_their_own(train, tmp_path):
@@ -221,7 +221,7 @@ def test_weights_alone_are_no_run(prepare, checkpoint):
     path, content = checkpoint
     mambavision.save_checkpoint({"state_dict": content["state_dict"]}, path)
     for words in ([], ["--no-resume-opt"]):
-        with pytest.raises(CheckpointError, match=r"last\.pth\.tar: does not say its epoch; .* --initial-checkpoint"):
+        with pytest.raises(CheckpointError, match=r"last\.pth\.tar: does not contain its epoch; .* --initial-checkpoint"):
             prepare("--resume", path, *words)
 
 
@@ -243,11 +243,11 @@ def position(trained):
 
 def test_epoch_goes_on_with_the_same_batches_only(prepare, recovery, caplog):
     assert position(prepare("--resume", recovery, "--lr", "1")) == (1, 4, 40, 10)
-    assert "starts over" not in caplog.text
+    assert "is repeated" not in caplog.text
     for words, steps in {("--batch-size", 30): 2, ("--seed", 1): 6, ("--grad-accum-steps", 3): 2}.items():
         caplog.clear()
         assert position(prepare("--resume", recovery, *words)) == (1, 0, 0, steps)
-        assert "epoch 1 starts over: its batches are not those it was interrupted in" in caplog.text
+        assert "epoch 1 is repeated: its batches have changed since the interruption" in caplog.text
 
 
 def test_epoch_starts_over_with_another_number_of_processes(prepare, recovery, caplog):
@@ -256,8 +256,8 @@ def test_epoch_starts_over_with_another_number_of_processes(prepare, recovery, c
     content["processes"] *= 8
     mambavision.save_checkpoint(content, recovery)
     assert position(prepare("--resume", recovery)) == (1, 0, 0, 6)
-    assert "epoch 1 starts over" in caplog.text
-    assert "the run had 8 processes and has 1 now: its random numbers differ" in caplog.text
+    assert "epoch 1 is repeated" in caplog.text
+    assert "the run had 8 processes and now has 1: its random numbers differ" in caplog.text
 
 
 def test_epoch_that_starts_over_is_trained_whole(train, recovery):

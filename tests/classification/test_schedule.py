@@ -13,7 +13,7 @@ from mambavision.errors import UserError
 
 
 def test_warm_up_that_never_ends_is_warned_about(train, capsys):
-    warning = "does not get beyond its warm-up: --warmup-epochs is 2, and --epochs only 1"
+    warning = "the learning rate never leaves its warm-up: --warmup-epochs is 2, and --epochs only 1"
     train("--epochs", "1", "--warmup-epochs", "2")
     assert warning in capsys.readouterr().out
     train("--epochs", "2", "--warmup-epochs", "1")

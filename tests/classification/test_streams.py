@@ -103,7 +103,7 @@ def test_streams_are_told_the_number_of_workers(workers, monkeypatch):
 
 
 def test_streams_smaller_than_a_batch_are_refused():
-    with pytest.raises(UserError, match="--batch-size 64 is more than the 40 training images"):
+    with pytest.raises(UserError, match="--batch-size 64 exceeds the 40 training images of a process"):
         train_loader(
             IterableImageDataset("", reader=Reader()), CONFIG, {}, batch_size=64, seed=5, prefetch=False, workers=0,
             group=Group(),

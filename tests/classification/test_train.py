@@ -166,7 +166,7 @@ def test_initial_weights(train, tmp_path, capsys):
         (["--num-classes", "2"], UserError, "less than the 3 classes"),
         (["--device", "toaster"], UserError, "unknown device"),
         (["--epochs", "0"], UserError, "--epochs 0: must be from 1 to 1,000,000"),
-        (["--batch-size", "100"], UserError, "more than the 60 training images"),
+        (["--batch-size", "100"], UserError, "exceeds the 60 training images of a process"),
     ],
 )
 def test_wrong_requests_create_nothing(train, tmp_path, words, error, message):
@@ -211,7 +211,7 @@ def test_runs_of_the_same_second_do_not_meet(tmp_path, monkeypatch):
 
 def test_existing_runs_are_not_overwritten(train):
     folder = train("--experiment", "one")
-    with pytest.raises(UserError, match="holds a run already; continue it with --resume auto"):
+    with pytest.raises(UserError, match="already contains a run; resume it with --resume auto"):
         train("--experiment", "one")
     assert len(summary(folder)) == 2
 

@@ -27,7 +27,7 @@ def folder(digits, tmp_path_factory):
         server.bind(("localhost", 0))
         port = str(server.getsockname()[1])
     common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    path = os.pathsep.join([str(ROOT / "classification"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "classification"), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
     command = [
         sys.executable,
         str(ROOT / "tests/classification/programs/train_in_processes.py"),
@@ -127,7 +127,7 @@ def test_sharded_runs_leave_usual_checkpoints(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "shares the model among processes, and there is one"),
+        ([], "shards the model across processes, and there is only one"),
         (["--amp"], "needs bfloat16 in mixed precision"),
         (["--model-ema", "--model-ema-force-cpu"], "drop --model-ema-force-cpu"),
         (["--torchcompile"], "cannot be combined with --torchcompile"),

@@ -108,5 +108,5 @@ def test_repeated_images_follow_the_seed(digits):
 
 
 def test_batches_larger_than_the_data_are_refused(digits):
-    with pytest.raises(UserError, match="--batch-size 64 is more than the 60 training images"):
+    with pytest.raises(UserError, match="--batch-size 64 exceeds the 60 training images of a process"):
         train_batches(digits, batch_size=64)

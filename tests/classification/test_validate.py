@@ -58,7 +58,7 @@ def test_options_work(digits, checkpoint, capsys, words):
 
 def test_averaged_weights(digits, checkpoint, tmp_path, capsys):
     score(digits, "--checkpoint", checkpoint)
-    assert "best.pth.tar: took the raw weights; it holds averaged ones too, for --use-ema" in capsys.readouterr().out
+    assert "best.pth.tar: loaded the raw weights; the averaged ones are available with --use-ema" in capsys.readouterr().out
     table = tmp_path / "table.csv"
     score(digits, "--checkpoint", checkpoint, "--use-ema", "--results-file", table)
     shown = capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_grey_models_need_one_option_only(digits, tmp_path, capsys):
 
 def test_released_weights_may_be_named_needlessly(digits, checkpoint, capsys):
     score(digits, "--checkpoint", checkpoint, "--pretrained")
-    assert "--pretrained does nothing here" in capsys.readouterr().out
+    assert "--pretrained has no effect" in capsys.readouterr().out
 
 
 def test_many_models_can_be_named(tmp_path):
@@ -153,9 +153,9 @@ def test_many_models_can_be_named(tmp_path):
         "all": [name for name in mambavision.list_models() if not name.startswith("segman")],
         str(names): ["mamba_vision_T", "mamba_vision_S"],
     }.items():
-        assert list(jobs(ValidateOptions.parse(["--model", given]))) == [(name, "") for name in expected]
+        assert list(jobs(ValidateOptions.parse(["--model", given]).model)) == [(name, "") for name in expected]
     with pytest.raises(UserError, match="matches none of"):
-        list(jobs(ValidateOptions.parse(["--model", "vit*"])))
+        list(jobs(ValidateOptions.parse(["--model", "vit*"]).model))
 
 
 def test_labels_can_restrict_the_predictions(digits, tmp_path, capsys):
@@ -205,9 +205,9 @@ def test_wrong_requests_are_one_sentence(digits, checkpoint, tmp_path):
         ([digits], UserError, "nothing to score: give --checkpoint, or --model"),
         ([tmp_path / "none", "--checkpoint", checkpoint], DataError, "none: no such folder"),
         ([digits, "--data-dir", tmp_path, "--checkpoint", checkpoint], UserError, "two data folders"),
-        ([digits, "--checkpoint", tmp_path], UserError, "holds no checkpoints"),
+        ([digits, "--checkpoint", tmp_path], UserError, "contains no checkpoints"),
         ([digits, "--model", "mamba_vision"], UserError, "unknown model 'mamba_vision'. Did you mean"),
-        ([digits, "--checkpoint", checkpoint, "--num-classes", "4"], CheckpointError, "not 4: leave out --num-classes"),
+        ([digits, "--checkpoint", checkpoint, "--num-classes", "4"], CheckpointError, "not 4; leave out --num-classes"),
     ]:
         with pytest.raises(error, match=message):
             score(*words)
