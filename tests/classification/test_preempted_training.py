@@ -94,7 +94,10 @@ def test_asked_run_ends_like_an_undisturbed_one(train, ask, capsys, moment):
     (asked / ".last.pth.tar.1234.tmp").write_text("of a process that was killed")
     capsys.readouterr()
     train(*FULL, "--experiment", "asked")
-    assert f"asked/{run_folder.RECOVERY}: its run was preempted (--resume never starts a new run)" in capsys.readouterr().out
+    assert (
+        f"asked/{run_folder.RECOVERY}: its run was preempted (--resume never starts a new run)"
+        in capsys.readouterr().out
+    )
     assert_same(asked, undisturbed)
     assert {path.name for path in asked.iterdir()} == {path.name for path in undisturbed.iterdir()}
 

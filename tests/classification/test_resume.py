@@ -221,7 +221,9 @@ def test_weights_alone_are_no_run(prepare, checkpoint):
     path, content = checkpoint
     mambavision.save_checkpoint({"state_dict": content["state_dict"]}, path)
     for words in ([], ["--no-resume-opt"]):
-        with pytest.raises(CheckpointError, match=r"last\.pth\.tar: does not contain its epoch; .* --initial-checkpoint"):
+        with pytest.raises(
+            CheckpointError, match=r"last\.pth\.tar: does not contain its epoch; .* --initial-checkpoint"
+        ):
             prepare("--resume", path, *words)
 
 

@@ -27,7 +27,9 @@ def folder(digits, tmp_path_factory):
         server.bind(("localhost", 0))
         port = str(server.getsockname()[1])
     common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    path = os.pathsep.join([str(ROOT / "classification"), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(ROOT / "classification"), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")]
+    )
     command = [
         sys.executable,
         str(ROOT / "tests/classification/programs/train_in_processes.py"),

@@ -24,7 +24,7 @@ def test_scores_are_those_of_counting(digits, checkpoint, capsys):
     score("--data_dir", digits, "--checkpoint", checkpoint, "--batch-size", "4")
     result = results(capsys)
     classifier = open_classifier(
-        ValidateOptions.parse(CPU), None, str(checkpoint), torch.device("cpu"), exif_default=False
+        ValidateOptions.parse(CPU).preprocessing, None, str(checkpoint), torch.device("cpu"), exif_default=False
     )
     right = 0
     for file in sorted(digits.glob("val/*/*.png")):
@@ -58,7 +58,10 @@ def test_options_work(digits, checkpoint, capsys, words):
 
 def test_averaged_weights(digits, checkpoint, tmp_path, capsys):
     score(digits, "--checkpoint", checkpoint)
-    assert "best.pth.tar: loaded the raw weights; the averaged ones are available with --use-ema" in capsys.readouterr().out
+    assert (
+        "best.pth.tar: loaded the raw weights; the averaged ones are available with --use-ema"
+        in capsys.readouterr().out
+    )
     table = tmp_path / "table.csv"
     score(digits, "--checkpoint", checkpoint, "--use-ema", "--results-file", table)
     shown = capsys.readouterr().out

@@ -25,6 +25,7 @@ PROGRAMS = {
     "matplotlib",
 }
 MAY_IMPORT = {
+    "assets/demo": {"mambavision", "mmcv", "numpy", "PIL", "rich", "sklearn", "yaml"},
     "kernels/vision_kernels": {"torch", "triton"},
     "kernels/benchmarks": {"vision_kernels", "mambavision", "torch", "timm", "mamba_ssm"},
     "mambavision/openmmlab": {
@@ -46,8 +47,6 @@ MAY_IMPORT = {
 }
 # May be absent, and so must not be imported when a module is.
 OPTIONAL = {"triton", "wandb", "sklearn", "matplotlib", "transformers", "natten"} | OPENMMLAB
-
-
 PROGRAMS_OF_TESTS = Path(__file__).parent / "programs"
 
 
@@ -78,7 +77,7 @@ def test_dependencies_point_one_way(path):
 def test_optional_packages_are_imported_where_they_are_used(path):
     if Path(path).name.startswith("triton_"):
         return  # kernels are compiled from modules, which are imported when the first of them is called
-    if not path.startswith("mambavision/openmmlab/") and "/tools/" not in path:
+    if not path.startswith(("mambavision/openmmlab/", "assets/demo/")) and "/tools/" not in path:
         assert not set(imports(path, top_level_only=True)) & OPTIONAL
 
 

@@ -102,7 +102,7 @@ def test_jobs_that_others_ended_are_left_alone(scontrol, state):
 def test_refusal_is_told(scontrol, caplog):
     scontrol(status=1)
     assert not requeue(Process(), JOB)
-    assert "does not queue job 7 again (no such job)" in caplog.text
+    assert "does not requeue job 7 (no such job)" in caplog.text
 
 
 def test_leaving_marks_the_run(scontrol, tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_leaving_marks_the_run(scontrol, tmp_path, monkeypatch):
     assert should_resume(tmp_path, "") is None
     with pytest.raises(Preempted) as left:
         end_preempted(Group(), tmp_path, "; by hand")
-    assert (left.value.exit_status, left.value.advice) == (PREEMPTED, "; the job is queued again")
+    assert (left.value.exit_status, left.value.advice) == (PREEMPTED, "; the job has been requeued")
     assert requests() == ["requeue 7"]
     assert should_resume(tmp_path, "") is not None
     finish(tmp_path)

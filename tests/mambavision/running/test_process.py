@@ -50,7 +50,10 @@ def test_variables_that_make_no_sense_are_refused(environment, complaint):
 def test_processes_must_be_able_to_find_each_other(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(UserError, match=r"WORLD_SIZE=2 says .* but not MASTER_ADDR where they find each other"):
+    with pytest.raises(
+        UserError,
+        match=r"WORLD_SIZE=2 announces several processes, but MASTER_ADDR is not set, so they cannot find each other",
+    ):
         Group(Process(1, 1, 2, "pytorch")).join()
 
 
@@ -61,7 +64,7 @@ def test_processes_do_not_share_gpus(gpus, pair):
         store.set(f"gpu/{rank}", f"n1 GPU-{gpu}")
     for rank, gpu in enumerate(gpus):
         with (
-            pytest.raises(UserError, match="processes {} and {} have the same GPU of n1".format(*pair))
+            pytest.raises(UserError, match="processes {} and {} use the same GPU of n1".format(*pair))
             if pair
             else (contextlib.nullcontext())
         ):

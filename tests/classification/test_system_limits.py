@@ -35,7 +35,7 @@ def sentence(finished):
 def test_few_open_files(train, descriptors):
     limit = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"]
     assert sentence(train("--workers", "2", before=limit)).startswith(
-        "error: too many open files for this process; raise their limit (see ulimit -n), or lower the number of"
+        "error: too many open files for this process; raise the limit (see ulimit -n), or lower the number of"
     )
 
 
@@ -52,8 +52,8 @@ def without_shared_memory():
 def test_shared_memory_is_needed_by_workers_only(train, without_shared_memory):
     assert train("--workers", "0", before=without_shared_memory).returncode == 0
     last = sentence(train("--workers", "1", before=without_shared_memory))
-    assert last.startswith("error: /dev/shm: the workers of data loaders cannot use it (")
-    assert last.endswith("or load the data without workers (--workers 0, in configs num_workers=0).")
+    assert last.startswith("error: /dev/shm: data loader workers cannot use it (")
+    assert last.endswith("or load data without workers (--workers 0; num_workers=0 in configs).")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this system")
@@ -76,7 +76,7 @@ def test_recipes_are_utf_8_in_any_locale(train, tmp_path):
     finished = train("--config", "recipe.yaml", environment=ascii_only)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert sentence(train("--config", "named.yaml", environment=ascii_only)) == (
-        r"error: 'pr\xfcfung': names of files have no such characters in this locale (ascii); set PYTHONUTF8=1 or "
+        r"error: 'pr\xfcfung': file names cannot contain such characters in this locale (ascii); set PYTHONUTF8=1 or "
         "LC_ALL=C.UTF-8."
     )
     finished = train("--config", "named.yaml", environment={"LC_ALL": "C"})
