@@ -1,4 +1,4 @@
-"""What the demos of all tasks have in common: runs that go on, programs run as the README does, and the outcome."""
+"""Common parts of the demos: resuming runs, running programs as documented, and printing the results."""
 
 import hashlib
 import os
@@ -16,12 +16,12 @@ def _digest(config: Path) -> str:
 
 
 def run_folder(runs: Path, config: Path, results: str) -> Path:
-    """Return the folder for a run of a config: that of an interrupted one, or else of a new one.
+    """Return the folder for a run of a config: that of an interrupted run, otherwise a new one.
 
     Args:
         runs: Folder of all runs.
-        config: The file that says what is trained; a run of another content is another run.
-        results: Name of the file that makes a run complete.
+        config: Config file; changing its content makes a new run.
+        results: Name of the file that marks a complete run.
     """
     interrupted = [folder for folder in runs.glob(f"*-{_digest(config)}") if not (folder / results).exists()]
     return max(interrupted, default=runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{_digest(config)}")
@@ -34,14 +34,14 @@ def complete_run(runs: Path, config: Path, results: str) -> Path | None:
 
 
 def leave_interrupts_to_programs() -> None:
-    """Let Ctrl-C end the demo through the program that it runs, which receives it too and says how far it came."""
+    """Leave Ctrl-C to the program that the demo runs, which also receives it and reports its progress."""
     signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def run_program(
     program: str, *arguments: str | Path, quiet: bool = False, environment: Mapping[str, str] | None = None
 ) -> float:
-    """Run a Python program of the working folder, ending with its status if it fails; return the seconds it took.
+    """Run a Python program of the working folder; exit with its status if it fails, otherwise return its seconds.
 
     Args:
         program: Its path.
@@ -60,14 +60,14 @@ def run_program(
         env={**os.environ, **environment},
     ).returncode
     if status in (130, 143):
-        print("interrupted; start the demo again, and it goes on from there", file=sys.stderr)
+        print("interrupted; run the demo again to resume", file=sys.stderr)
     if status:
         sys.exit(status)
     return time.monotonic() - started
 
 
 def print_outcome(title: str, rows: Mapping[str, str | Path]) -> None:
-    """Print a table of what came out, and how to go on by hand."""
+    """Print a table of results, and how to activate the environment."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""The demo: a small Mask R-CNN on the CPU finds and outlines handwritten digits on photographs.
+"""Demo of detection: a small Mask R-CNN finds and outlines handwritten digits on photographs, on the CPU.
 
-Digits and photographs are scikit-learn's; see `scenes`. If the demo of classification has been
-run, the backbone starts from what it learned there, with the same scans held out.
+Digits and photographs come with scikit-learn; see `scenes`. If the demo of classification has been run, the backbone
+starts from its weights, with the same scans held out.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from scenes import Options
 
 DEMO = Demo(
     title="Mask R-CNN on digits",
-    task=Path(__file__).resolve().parent,
+    task=Path(__file__).resolve().parents[2] / "object_detection",
     config="configs/mamba_vision/mask_rcnn_mamba_vision_digits.py",
     layout="coco",
     held_out="val",

@@ -1,4 +1,4 @@
-"""The demos of detection and segmentation: train, score and predict on scenes, with the commands of the README."""
+"""Demos of detection and segmentation: train, score and predict on scenes, with documented commands."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from scenes import Layout, Options, write_scenes
 
 _RESULTS = "results.json"
 _EXAMPLES = 12
-# By the folder of a demo's config, the recipe of classification's demo that trains the same backbone.
+# Folder of a demo's config -> recipe of the classification demo that trains the same backbone.
 _CLASSIFIERS = {
     "mamba_vision": "mambavision/mambavision_digits.yaml",
     "vmamba": "vmamba/vmamba_digits.yaml",
@@ -25,7 +25,7 @@ _CLASSIFIER_RESULTS = "validation.json"
 
 
 class Score(NamedTuple):
-    """A score of a demo: its name, its key among the results of test.py, what makes it percent, and its floor."""
+    """A score of a demo: name, key in the results of test.py, factor that makes it percent, and required minimum."""
 
     name: str
     key: str
@@ -38,15 +38,15 @@ class Demo:
     """A demo of a task.
 
     Attributes:
-        title: Of the outcome.
+        title: Title of the results.
         task: Folder of the task.
-        config: What is trained, below that folder.
-        layout: How the scenes are written.
-        held_out: Folder of the pictures that are not trained on, below that of the scenes.
+        config: Config to train, relative to that folder.
+        layout: Layout of the scenes on disk.
+        held_out: Folder of the held-out pictures, relative to that of the scenes.
         scores: Scores to reach.
-        scenes: What the scenes show.
-        side: Height and width to which example pictures are enlarged, in pixels, so that there is room to draw.
-        columns: Of the sheet of examples.
+        scenes: Content of the scenes.
+        side: Height and width to which example pictures are enlarged, in pixels, to have room for labels.
+        columns: Columns of the sheet of examples.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Demo:
         environment = {"SCENES_ROOT": str(data)}
         options = ["--work-dir", folder, *_starting_weights(config)]
         if folder.exists():
-            print(f"going on with an interrupted run; to start anew, delete {folder.resolve()}", flush=True)
+            print(f"resuming an interrupted run; to start anew, delete {folder.resolve()}", flush=True)
             options.append("--resume")
         seconds = run_program("tools/train.py", config, *options, environment=environment)
         checkpoint = Path(os.path.relpath((folder / "last_checkpoint").read_text(encoding="utf-8").strip()))
@@ -131,12 +131,12 @@ class Demo:
 
 
 def _starting_weights(config: Path) -> list[str]:
-    """Return the options that start from the demo of classification, if that has been run with this backbone."""
+    """Return options that start from the classification demo, if it has been run with this backbone."""
     recipe = _CLASSIFIERS.get(config.parent.name)
     classifier = recipe and complete_run(_CLASSIFIER_RUNS, _RECIPES / recipe, _CLASSIFIER_RESULTS)
     if classifier is None:
-        print("the backbone starts from scratch: the demo of classification has not been run with it", flush=True)
+        print("the backbone starts from scratch: the classification demo has not been run with it", flush=True)
         return []
     weights = classifier / "model_best.pth.tar"
-    print(f"the backbone starts from the demo of classification, {weights}", flush=True)
+    print(f"the backbone starts from the classification demo, {weights}", flush=True)
     return ["--cfg-options", f"model.backbone.pretrained={weights}"]

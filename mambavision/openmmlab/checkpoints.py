@@ -9,11 +9,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from mmengine.fileio import LocalBackend, register_backend
-from mmengine.fileio.io import backend_instances
+from mmengine.fileio import LocalBackend
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import DataError
@@ -21,9 +18,8 @@ from mambavision.files import replacing
 from mambavision.openmmlab.metadata import check_metadata
 
 
-@CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a local file (torch.save or safetensors) onto the CPU, from where the model takes it to its device."""
+    """Read a local file (torch.save or safetensors) onto the CPU."""
     checkpoint = read_checkpoint(filename)
     check_metadata(checkpoint, filename)
     hub = checkpoint.get("message_hub")
@@ -34,9 +30,9 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def _history(values: Any) -> Any:
-    """Return the HistoryBuffer of which `mambavision.unpickling` has read the values."""
+    """Rebuild a HistoryBuffer from the values that `mambavision.unpickling` has read."""
     if not isinstance(values, dict) or values.keys() != {"log_history", "count_history", "max_length"}:
-        return values  # mmengine says that it does not resume it
+        return values  # mmengine logs that it does not resume it
     return HistoryBuffer(values["log_history"].numpy(), values["count_history"].numpy(), values["max_length"])
 
 
@@ -48,9 +44,6 @@ def load_url(url: str, model_dir: str | None = None, map_location: Any = None, *
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))
     return load_from_local(str(path))
-
-
-mmengine_checkpoint.load_url = load_url  # its own unpickles what it has downloaded without restriction
 
 
 class UnreadableFileError(DataError, OSError):
@@ -82,7 +75,3 @@ class AtomicLocalBackend(LocalBackend):
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         self.put(obj.encode(encoding), filepath)
-
-
-register_backend("local", AtomicLocalBackend, prefixes="", force=True)
-backend_instances.clear()  # mmengine keeps those it has made

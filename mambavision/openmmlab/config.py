@@ -1,18 +1,14 @@
-"""Configs of OpenMMLab: read, overridden from the command line, and fitted to the machine at hand."""
+"""Configs of OpenMMLab: reading, overriding from the command line, and explaining their mistakes."""
 
 import contextlib
 import inspect
-import logging
 import re
 import traceback
-import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine import Config, DictAction
 from mmengine import registry as registries
 from mmengine.config import ConfigDict
@@ -21,16 +17,9 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from mambavision.errors import UserError
-from mambavision.running.logs import EscapeOwnMessages, tolerate_write_errors
-from mambavision.running.process import Process
 from mambavision.text import nearest
 
-# mmengine 0.10 finds bases like mmdet::... with it, and says so on each.
-warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-
-_ESCAPE = EscapeOwnMessages()
-
-# Keys at the top of a config that mean something, besides the runner's arguments and variables of the config itself.
+# Top-level keys with a meaning, besides the variables of the config itself.
 _KEYS = {
     *inspect.signature(Runner).parameters,
     "auto_scale_lr",
@@ -51,7 +40,7 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
         options: Settings that override it, as on the command line: ``["optim_wrapper.optimizer.lr=1e-3"]``.
 
     Raises:
-        UserError: There is no such file, it is no config, or an option names nothing that exists.
+        UserError: The file is missing or not a config, or an option names an unknown setting.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,42 +71,6 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
     return parser.parse_args(["--options", *options]).options if options else {}
 
 
-def fit_to_machine(config: Config, process: Process, device: torch.device) -> list[str]:
-    """Replace what works on GPUs only: synchronised batch norms, mixed precision, arguments of DDP.
-
-    Returns:
-        What was replaced that has a bearing on results, in sentences for the log.
-    """
-    replaced = []
-    # Joined by mambavision.launch; mmengine only has to know that there are several processes.
-    config.launcher = "pytorch" if process.is_distributed else "none"
-    if device.type == "cpu":
-        if process.is_distributed:  # a single process is mmengine's affair
-            for setting in settings_in(config.model):
-                if setting.get("type") == "SyncBN":
-                    setting.type = "BN"
-                    replaced.append("no GPU: batch norms are not synchronised")
-            if config.pop("sync_bn", None):
-                replaced.append("no GPU: batch norms are not synchronised")
-        if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
-            config.optim_wrapper.type = "OptimWrapper"
-            for key in ("dtype", "loss_scale", "use_fp64"):
-                config.optim_wrapper.pop(key, None)
-            replaced.append("no GPU: training in float32 instead of mixed precision")
-        unused = config.get("find_unused_parameters", False)
-        wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "find_unused_parameters": unused}
-        config.model_wrapper_cfg = wrapper
-    return replaced
-
-
-def forget_pretrained(config: Config) -> None:
-    """Let a model whose weights are all going to be loaded be built without its pretrained ones."""
-    for setting in settings_in(config.model):
-        for key in ("pretrained", "init_cfg"):
-            if setting.get(key) is not None:
-                setting[key] = None
-
-
 def settings_in(config: Any) -> Iterator[ConfigDict]:
     """Yield every dictionary in a config, outer ones first."""
     if isinstance(config, ConfigDict):
@@ -129,7 +82,7 @@ def settings_in(config: Any) -> Iterator[ConfigDict]:
 
 @contextlib.contextmanager
 def explained(source: str | Path) -> Iterator[None]:
-    """Turn what a config's mistakes raise while its parts are built into a UserError; other errors pass.
+    """Turn errors that a config's mistakes raise while its parts are built into a UserError; others pass unchanged.
 
     Args:
         source: Names the config in messages.
@@ -172,7 +125,7 @@ def _arguments(kind: type | None) -> list[str]:
 
 
 def _registered(name: str) -> list[str]:
-    """Return what is in mmengine's registry of a name and in that of the library in use."""
+    """Return the entries of mmengine's registry of a name and of the current library's."""
     scope = DefaultScope.get_current_instance()
     found = []
     for registry in vars(registries).values():
@@ -183,37 +136,12 @@ def _registered(name: str) -> list[str]:
 
 
 def pipeline_owner(config: Config) -> ConfigDict:
-    """Return the setting of the test data set that has the pipeline, the first if there are several.
+    """Return the first setting of the test data sets that has a pipeline.
 
     Raises:
         UserError: There is none.
     """
     owner = next((found for found in settings_in(config.get("test_dataloader")) if found.get("pipeline")), None)
     if owner is None:
-        raise UserError(f"{config.filename}: has no pipeline in test_dataloader, which says how images are scaled.")
+        raise UserError(f"{config.filename}: has no pipeline in test_dataloader, which defines how images are scaled.")
     return owner
-
-
-def collect_log() -> None:
-    """Keep this package's messages until `log_to`; without that, they are shown at the end of the program."""
-    own = logging.getLogger("mambavision")
-    shown_at_the_end = logging.StreamHandler()
-    shown_at_the_end.addFilter(_ESCAPE)
-    own.handlers[:] = [MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, target=shown_at_the_end)]
-    own.setLevel(logging.INFO)
-    own.propagate = False
-
-
-def log_to(logger: logging.Logger) -> None:
-    """Send this package's messages, and those collected until now, where mmengine sends its own."""
-    for handler in logger.handlers:
-        tolerate_write_errors(handler)
-        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
-            handler.stream.reconfigure(encoding="utf-8")  # mmengine takes that of the locale
-    own = logging.getLogger("mambavision")
-    collected = [record for handler in own.handlers for record in getattr(handler, "buffer", ())]
-    own.handlers[:] = logger.handlers
-    for handler in own.handlers:
-        handler.addFilter(_ESCAPE)
-    for record in collected:
-        own.handle(record)

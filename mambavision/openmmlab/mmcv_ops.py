@@ -1,7 +1,7 @@
-"""The operators of mmcv that detectors and segmentors need, answered by torchvision where mmcv's own are not compiled.
+"""torchvision's operators in place of mmcv's compiled ones, as far as the configs of this project need them.
 
-mmcv-lite has all of ``mmcv.ops`` except the compiled module ``mmcv._ext`` behind it. `install` puts a module of that
-name in place whose functions have the compiled ones' signatures and numbers, on the CPU and on CUDA.
+mmcv-lite has all of ``mmcv.ops`` except the compiled module ``mmcv._ext``. `install` provides a module of that name
+whose functions have the signatures of the compiled ones and give the same numbers, on the CPU and on CUDA.
 """
 
 import importlib.machinery
@@ -18,89 +18,45 @@ _NAME = "mmcv._ext"
 
 
 def install() -> None:
-    """Install the stand-in, unless mmcv has its compiled operators."""
+    """Install the replacement, unless mmcv has its compiled operators."""
     if _NAME in sys.modules or importlib.util.find_spec(_NAME) is not None:
         return
     module = types.ModuleType(_NAME, __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec(_NAME, None)  # mmengine looks for it
-    for function in (nms, softnms, roi_align_forward, roi_align_backward):
+    for function in (nms, roi_align_forward, roi_align_backward):
         setattr(module, function.__name__, function)
-    module.get_compiler_version = lambda: "none: torchvision's operators stand in"
+    module.get_compiler_version = lambda: "none: torchvision's operators are used instead"
     module.get_compiling_cuda_version = lambda: str(torch.version.cuda)
     module.__getattr__ = _not_available
     sys.modules[_NAME] = module
 
 
 def _not_available(name: str) -> Callable:
-    """mmcv asks for every operator when it is imported, so that only calling a missing one can be an error."""
+    """Return a function that raises: mmcv looks up every operator on import, so only calling one may fail."""
     if name.startswith("__"):
         raise AttributeError(name)
 
     def refuse(*args, **kwargs):
         raise NotImplementedError(
-            f"mmcv's operator {name} is not available: mmcv-lite has no compiled operators, and torchvision stands in "
-            "for nms, soft_nms and roi_align only; use a model that does without it, or install a compiled mmcv 2.1.0."
+            f"mmcv's operator {name} is not available: mmcv-lite has no compiled operators, and torchvision replaces "
+            "nms and roi_align only; use a model that does not need it, or install a compiled mmcv 2.1.0."
         )
 
     return refuse
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Return the indices of the boxes that are kept, by falling score.
+    """Return the indices of the kept boxes, by descending score.
 
     Args:
         boxes: (N, 4) as x1, y1, x2, y2.
         scores: (N,)
         iou_threshold: A box is dropped if it overlaps a better one by more than this.
-        offset: 1 if x2 and y2 are the last pixels inside the box, 0 if they are its border.
+        offset: 1 if x2 and y2 are the last pixels inside the box, 0 if they are its edge.
     """
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     return torchvision.ops.nms(boxes.float(), scores.float(), iou_threshold)
-
-
-def softnms(
-    boxes: Tensor,
-    scores: Tensor,
-    dets: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
-    offset: int,
-) -> Tensor:
-    """Soft non-maximum suppression (Bodla et al. 2017, https://arxiv.org/abs/1704.04503).
-
-    Args:
-        boxes: (N, 4) as x1, y1, x2, y2.
-        scores: (N,)
-        dets: (N, 5), receives boxes and new scores, in order of their choice.
-        iou_threshold: Overlap above which scores shrink (not used by the Gaussian).
-        sigma: Width of the Gaussian.
-        min_score: Boxes below it are dropped.
-        method: 0 drops overlapping boxes, 1 multiplies their score by 1 - IoU, 2 by exp(-IoU^2 / sigma).
-        offset: As for `nms`.
-
-    Returns:
-        The indices of the boxes that are kept, in order of their choice.
-    """
-    corners = boxes + boxes.new_tensor([0, 0, offset, offset])
-    scores = scores.clone()
-    left = torch.ones_like(scores, dtype=torch.bool)
-    kept: list[int] = []
-    while left.any():
-        best = int(torch.where(left, scores, -torch.inf).argmax())
-        left[best] = False
-        dets[len(kept), :4], dets[len(kept), 4] = boxes[best], scores[best]
-        kept.append(best)
-        iou = torchvision.ops.box_iou(corners[best : best + 1], corners)[0]
-        if method == 2:
-            weight = torch.exp(-iou.square() / sigma)
-        else:
-            weight = torch.where(iou >= iou_threshold, 1 - iou if method == 1 else torch.zeros_like(iou), 1)
-        scores = torch.where(left, scores * weight, scores)
-        left &= scores >= min_score
-    return torch.tensor(kept, dtype=torch.int64)
 
 
 def roi_align_forward(
@@ -125,7 +81,7 @@ def roi_align_forward(
         argmax_y, argmax_x: Not used by averages.
         aligned_height, aligned_width: Cells.
         spatial_scale: Pixels of the features over those of the boxes.
-        sampling_ratio: Samples of a cell in each direction; 0 for as many as there are pixels.
+        sampling_ratio: Samples per cell in each direction; 0 for one per pixel.
         pool_mode: 1, the average.
         aligned: Shift by half a pixel, so that a box covers the pixels whose centres are inside.
     """
@@ -170,5 +126,5 @@ def roi_align_backward(
 
 
 def _computable(x: Tensor) -> torch.dtype:
-    """torchvision's CPU kernels do not take 16 bits, nor its CUDA kernels bfloat16."""
+    """Return a type that torchvision supports: neither 16 bits on the CPU nor bfloat16 on CUDA."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

@@ -23,7 +23,7 @@ from mambavision.models.ss2d import VSSM
 
 _logger = logging.getLogger(__name__)
 
-# What the original takes without effect.
+# Arguments that the original accepts without effect.
 _INERT = ("image_size", "channel_split", "short_cut", "use_rpb", "interpolate_mode", "decoder_params")
 
 
@@ -40,17 +40,17 @@ class PixelLinear(nn.Module):
 
 @MODELS.register_module()
 class SegMANDecoder(BaseDecodeHead):
-    """Scans a map of stride 8 at three scales at once, all folded to stride 32.
+    """Decode head that scans a map of stride 8 at three scales at once, all folded to stride 32.
 
     Module names and numbers are those of the released checkpoints. Logits have stride 8.
 
     Args:
-        in_channels: Widths of the four maps at strides 4, 8, 16 and 32, of which the first is not used.
+        in_channels: Widths of the four maps at strides 4, 8, 16 and 32; the first map is not used.
         channels: Width of the decoder.
         feat_proj_dim: Width to which each map is projected.
-        in_index: Which of the backbone's maps these are.
-        others: Arguments of ``BaseDecodeHead``. ``norm_cfg`` is for all convolutions. What the original accepts without
-            effect (``image_size``, ``interpolate_mode``, ...) is ignored, and the log says so.
+        in_index: Indices of these maps among the backbone's.
+        others: Arguments of ``BaseDecodeHead``. ``norm_cfg`` applies to all convolutions. Arguments that the original
+            accepts without effect (``image_size``, ``interpolate_mode``, ...) are ignored, with a log message.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class SegMANDecoder(BaseDecodeHead):
     def _scan(self, x: Tensor) -> Tensor:
         """(batch, channels, h, w) at stride 8 -> (batch, 3 x channels, h, w)."""
         height, width = x.shape[2:]
-        # Sides that are no multiples of 4 are made so by repeating the border, which is cut off in the end.
+        # Pad to multiples of 4 by repeating the border; the padding is cut off again below.
         x = F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate")
-        # x at full, half and quarter size, all folded to the last one: pixels become channels.
+        # x at full, half and quarter size, all folded to quarter size: pixels become channels.
         folded = (
             self.reduce_channels[2](F.pixel_unshuffle(x, 4)),
             self.reduce_channels[1](F.pixel_unshuffle(self.conv_downsample_2(x), 2)),
@@ -123,7 +123,7 @@ class SegMANDecoder(BaseDecodeHead):
         return resize(x, like.shape[2:], mode="bilinear", align_corners=self.align_corners)
 
     def _check_batch(self, size: int) -> None:
-        """Raise a UserError where a batch norm would be asked for the statistics of a single pixel."""
+        """Raise a UserError if a batch norm would compute the statistics of a single pixel."""
         norm = self.image_pool[1].norm if self.image_pool[1].with_norm else None
         is_synchronised = isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1
         if size == 1 and isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and not is_synchronised:

@@ -1,4 +1,4 @@
-"""Weights in checkpoints: whether they are a model's, and models that have them."""
+"""Weights in checkpoints: checks against a model, and models built with them."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from mambavision.checkpoint import check_values, extract_state_dict
 from mambavision.errors import CheckpointError
-from mambavision.openmmlab.config import explained, forget_pretrained
+from mambavision.openmmlab.config import explained
+from mambavision.openmmlab.training.config_steps import drop_pretrained
 
 
 def trained_model(config: Config, checkpoint: dict[str, Any], source: str, device: torch.device) -> nn.Module:
@@ -20,22 +21,22 @@ def trained_model(config: Config, checkpoint: dict[str, Any], source: str, devic
         config: Its config, whose scope must be the default.
         checkpoint: Content of a checkpoint of it.
         source: Names the checkpoint in messages.
-        device: Where it is going to run.
+        device: Device of the model.
 
     Raises:
         UserError: The config contradicts itself.
         CheckpointError: The checkpoint is of another model.
     """
-    forget_pretrained(config)
+    config = drop_pretrained(config)
     with explained(config.filename):
         model = revert_sync_batchnorm(MODELS.build(config.model))
     check_weights(model, checkpoint, source)
-    model.load_state_dict(extract_state_dict(checkpoint), strict=False)  # old files have no batch counters
+    model.load_state_dict(extract_state_dict(checkpoint), strict=False)  # old files lack batch counters
     return model.to(device).eval()
 
 
 def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless most weights of a model are in a checkpoint, as for other classes."""
+    """Raise a CheckpointError unless a checkpoint has most weights of a model; a model for other classes passes."""
     own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
     fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
     if len(fitting) < len(own) / 2:
@@ -47,7 +48,7 @@ def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
 
 
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless a checkpoint holds exactly the weights of a model."""
+    """Raise a CheckpointError unless a checkpoint contains exactly the weights of a model."""
     own, theirs = _unwrapped(model).state_dict(), extract_state_dict(checkpoint, source=source)
     missing = [key for key in own if key not in theirs and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in theirs if key not in own]
@@ -66,7 +67,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError if a checkpoint was trained for other classes than a data set has."""
+    """Raise a CheckpointError if a checkpoint was trained for other classes than those of a data set."""
     theirs = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
     ours = dataset.metainfo.get("classes")
     if theirs is None or ours is None or tuple(theirs) == tuple(ours):
@@ -74,6 +75,6 @@ def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None
     differing = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), None)
     where = f"; the first that differs is {differing[0]!r} there and {differing[1]!r} here" if differing else ""
     raise CheckpointError(
-        f"{source}: was trained for {len(theirs)} classes, and the data have {len(ours)}{where}. Use the config it "
+        f"{source}: was trained for {len(theirs)} classes, but the data have {len(ours)}{where}. Use the config it "
         "was trained with, or give the data its classes in its order (metainfo)."
     )

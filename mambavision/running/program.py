@@ -7,27 +7,33 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from mambavision.errors import IO_FAILURE, Interruption, UserError
 from mambavision.running import failure
 from mambavision.running.output import lasting_output
 from mambavision.running.process import STOP_SIGNALS, this_process
+from mambavision.running.ranges import check_ranges
 from mambavision.text import escaped
 from vision_kernels.backends import check_forced_backend
 
 
-def run_cli(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None], options: Mapping[str, Any] | None = None) -> None:
     """Run a program; a user error or interruption ends it with a sentence on stderr instead of a traceback.
 
     Of several processes, the first to fail prints its error, as the last output of the program. The others, which fail
     because it is gone or because all were asked to stop, print nothing and exit with the same status.
+
+    Args:
+        main: The program.
+        options: Options whose ranges are checked first.
     """
     _raise_interruptions()
     try:
         with lasting_output():
             _check_backend()
+            check_ranges(options or {})
             main()
     except UserError as error:
         _end(f"error: {escaped(_sentence(error))}", error.exit_status)

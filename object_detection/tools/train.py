@@ -1,9 +1,17 @@
-"""Train a detector, on one CPU or many GPUs; see README.md for configs and --help for all options."""
+"""Train a detector, on one CPU or many GPUs; see --help."""
 
-from mambavision.openmmlab.data.coco import check_datasets
-from mambavision.openmmlab.training.run import options_of_training, train
-from mambavision.running.program import run_cli
+from mambavision.openmmlab.training.options import TrainOptions
+
+
+def main() -> None:
+    options = TrainOptions.parse()
+
+    from mambavision.openmmlab.training.detection import DETECTION
+    from mambavision.openmmlab.training.train import train
+    from mambavision.running.program import run_cli
+
+    run_cli(lambda: train(options, DETECTION))
+
 
 if __name__ == "__main__":
-    args = options_of_training()
-    run_cli(lambda: train(args, check_datasets))
+    main()

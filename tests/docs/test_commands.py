@@ -52,17 +52,17 @@ CLASSIFICATION = {
 def parse_openmmlab(folder, program, words):
     """Parse the words of a command with its program's own parser, and build its config."""
     from mambavision.openmmlab.config import load_config
-    from mambavision.openmmlab.training.run import options_of_test, options_of_training
+    from mambavision.openmmlab.training.options import TestOptions, TrainOptions
 
     name = Path(program).stem
     if name.startswith("dist_"):
         name = name.removeprefix("dist_")
         gpus = words.pop({"train": 1, "test": 2}[name])
         assert gpus.isdigit()
-    options = {"train": options_of_training, "test": options_of_test}.get(name)
+    options = {"train": TrainOptions.parse, "test": TestOptions.parse}.get(name)
     args = options(words) if options else load_program(f"{folder}/{program}").options(words)
     assert (ROOT / folder / program).is_file()
-    if "config" in args:
+    if hasattr(args, "config"):
         load_config(args.config, args.cfg_options)
 
 
@@ -74,8 +74,8 @@ def test_command(folder, command, monkeypatch, tmp_path):
     program = words[start]
     monkeypatch.chdir(ROOT / folder)
     if folder == "classification" and program in CLASSIFICATION:
-        args = CLASSIFICATION[program](words[start + 1 :])
-        names = args.model if isinstance(args.model, list) else [args.model or "mamba_vision_T"]
+        model = CLASSIFICATION[program](words[start + 1 :]).flat()["model"]
+        names = model if isinstance(model, list) else [model or "mamba_vision_T"]
         for name in names:
             assert mambavision.list_models(name) or mambavision.factory.check_model_name(name) is None
         assert (ROOT / folder / program).is_file()

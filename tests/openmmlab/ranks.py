@@ -16,7 +16,7 @@ import torch
 from mmengine.config import config
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mambavision.openmmlab.training.run", "mmdet.apis", "mmseg.apis"])
+_context.set_forkserver_preload(["mambavision.openmmlab.training.train", "mmdet.apis", "mmseg.apis"])
 _SECONDS = 120
 
 

@@ -10,7 +10,8 @@ import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader
 
-from mambavision.openmmlab.training.batches import Showing, Showings, exact_loader
+from mambavision.openmmlab.training.batches import ViewBatches, exact_loader
+from mambavision.running.sampling import SampleView
 
 
 class Noise:
@@ -94,6 +95,6 @@ def test_indices_of_several_numbers():
         def __iter__(self):
             yield [(0, 4), (0, 4)]
 
-    showings = Showings(Frames(DefaultSampler(Noise(), seed=3), 2, False), endless=False)
+    showings = ViewBatches(Frames(DefaultSampler(Noise(), seed=3), 2, False), endless=False)
     showings.start(0, 0)
-    assert [*showings] == [[Showing(0, 0, (0, 4)), Showing(0, 1, (0, 4))]]
+    assert [*showings] == [[SampleView(0, 0, (0, 4)), SampleView(0, 1, (0, 4))]]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from checkout import load_program
 from mambavision.errors import DataError
+from mambavision.openmmlab.data.coco_check import check
 
 pytest.importorskip("mmdet")
 
@@ -300,7 +301,7 @@ def test_every_process_checks_and_the_first_one_tells(data, monkeypatch, caplog)
 def run(tool, data, *words):
     if data.ann is not None:
         data.path.write_text(json.dumps(data.ann))
-    tool.check(tool.options(["--root", str(data.root), *words]))
+    check(**vars(tool.options(["--root", str(data.root), *words])))
 
 
 OWN = ("--ann", "ann/train.json", "--images", "pictures")

@@ -3,7 +3,6 @@
 import os
 import random
 import time
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from mmengine.logging import MessageHub
 from mmengine.runner.checkpoint import save_checkpoint
 
 from crashes import count_points, killed_after, killed_at
-from mambavision.openmmlab import run
+from mambavision.openmmlab.training import resume
 from mambavision.openmmlab.training.hooks import SafeCheckpointHook
 from mambavision.running.newest import STARTED
 from mambavision.running.record import RECORD, begin, finish, mark_preempted
@@ -51,14 +50,15 @@ def train(work_dir, first=0, report=lambda epoch: None):
         hook.after_val_epoch(runner, {"score": [1, 3, 2, 4][epoch]})
 
 
-def to_resume(work_dir, resume=None, **config):
-    return run._to_resume(Config({"work_dir": str(work_dir), **config}), Namespace(resume=resume))
+def to_resume(work_dir, given=None, **config):
+    """Return what a config and --resume make of a folder."""
+    return resume.find(work_dir, resume.requested(Config(config), given))
 
 
 def go_on(work_dir):
     """Go on as a new process does; return how many epochs were found."""
     found = to_resume(work_dir, "auto")
-    run._take_over(work_dir, "auto", is_new=found is None)
+    resume.begin_record(work_dir, "auto", is_new=found is None)
     done = 0
     if found is not None:
         path, content = found
@@ -155,18 +155,17 @@ def test_run_that_started_from_a_file_goes_on_from_its_own(tmp_path):
 def test_configs_resume_as_in_mmengine(tmp_path):
     checkpoint(tmp_path / "epoch_2.pth", epoch=2)
     checkpoint(tmp_path / "other.pth", epoch=7)
-    assert to_resume(tmp_path, resume=None, load_from=str(tmp_path / "other.pth")) is None
-    config = Config({"work_dir": str(tmp_path), "resume": True})
-    assert run._to_resume(config, Namespace(resume=None))[1]["meta"]["epoch"] == 2
-    config.load_from = str(tmp_path / "other.pth")
-    assert run._to_resume(config, Namespace(resume=None))[1]["meta"]["epoch"] == 7
-    assert run._to_resume(config, Namespace(resume="never")) is None
+    assert to_resume(tmp_path, load_from=str(tmp_path / "other.pth")) is None
+    assert to_resume(tmp_path, resume=True)[1]["meta"]["epoch"] == 2
+    config = {"resume": True, "load_from": str(tmp_path / "other.pth")}
+    assert to_resume(tmp_path, **config)[1]["meta"]["epoch"] == 7
+    assert to_resume(tmp_path, "never", **config) is None
 
 
 def test_a_new_run_takes_nothing_over(tmp_path):
     for name in ("iter_4.pth", "recovery.pth", ".iter_8.pth.12.tmp", ".hidden"):
         (tmp_path / name).touch()
-    run._take_over(tmp_path, "", is_new=False)
+    resume.begin_record(tmp_path, "", is_new=False)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth", "recovery.pth", RECORD]
-    run._take_over(tmp_path, "", is_new=True)
+    resume.begin_record(tmp_path, "", is_new=True)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "iter_4.pth", RECORD]

@@ -6,17 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+import scene_demo as shared
 from PIL import Image
 
 from checkout import ROOT, load_program
-from mambavision.openmmlab import demo as shared
 
-TASKS = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}
+NAMES = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=["detection", "segmentation"])
 def task(request):
-    return load_program(f"{request.param}/demo.py").DEMO
+    return load_program(f"assets/demo/{request.param}.py").DEMO
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def run(task, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), *options])
         monkeypatch.chdir(ROOT)
         if completes:
-            task.main(TASKS[task.task.name])
+            task.main(NAMES[task.task.name])
         else:
             with pytest.raises(SystemExit):
-                task.main(TASKS[task.task.name])
+                task.main(NAMES[task.task.name])
         return commands
 
     return start

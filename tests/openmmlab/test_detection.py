@@ -10,21 +10,18 @@ import sys
 import pytest
 import torch
 
-from checkout import ROOT, load_program
+from checkout import ROOT
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, OutputError, UserError
-from mambavision.openmmlab import run
 from mambavision.openmmlab.config import load_config
+from mambavision.openmmlab.training.detection import DETECTION
+from mambavision.openmmlab.training.options import TestOptions, TrainOptions
+from mambavision.openmmlab.training.test import test as run_test
+from mambavision.openmmlab.training.train import train as run_train
 from small_runs import identical
 
 TOOLS = ROOT / "object_detection" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"
-
-
-def load_tool(name, monkeypatch):
-    """Import a program as it is when it is run: with its folder on the path."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return load_program(f"object_detection/tools/{name}.py")
 
 
 def forget_last_run():
@@ -36,12 +33,11 @@ def forget_last_run():
 
 @pytest.fixture
 def train(detector_config, monkeypatch, tmp_path):
-    tool = load_tool("train", monkeypatch)
 
     def start(*words, config=detector_config, work_dir=tmp_path / "run"):
-        args = run.options_of_training([str(config), "--work-dir", str(work_dir), *map(str, words)])
+        args = TrainOptions.parse([str(config), "--work-dir", str(work_dir), *map(str, words)])
         forget_last_run()
-        run.train(args, tool.check_datasets)
+        run_train(args, DETECTION)
         return work_dir
 
     return start
@@ -49,13 +45,12 @@ def train(detector_config, monkeypatch, tmp_path):
 
 @pytest.fixture
 def score(detector_config, monkeypatch, tmp_path):
-    tool = load_tool("test", monkeypatch)
 
     def start(checkpoint, *words, config=detector_config):
         work_dir = tmp_path / "scores"
-        args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
+        args = TestOptions.parse([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
         forget_last_run()
-        run.test(args, tool.check_test_data, tool.adapt)
+        run_test(args, DETECTION)
         (metrics,) = work_dir.glob("*/*.json")
         shutil.move(metrics, tmp_path / "metrics.json")
         shutil.rmtree(work_dir)
@@ -69,11 +64,10 @@ def trained(coco_scenes, tmp_path_factory):
     """The folder of a finished training of two epochs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SCENES_ROOT", str(coco_scenes))
-        tool = load_tool("train", monkeypatch)
         work_dir = tmp_path_factory.mktemp("trained")
         words = [str(CONFIG), "--work-dir", str(work_dir), "--cfg-options", "model.backbone.depth=50"]
         forget_last_run()
-        run.train(run.options_of_training(words), tool.check_datasets)
+        run_train(TrainOptions.parse(words), DETECTION)
     return work_dir
 
 
@@ -157,11 +151,11 @@ def test_augmented_scores_have_boxes_and_masks(score, trained):
 
 
 def test_augmentation_merges_views(monkeypatch):
-    load_tool("test", monkeypatch)
-    from instance_tta import InstanceTTAModel
     from mmdet.structures import DetDataSample
     from mmengine.config import ConfigDict
     from mmengine.structures import InstanceData
+
+    from mambavision.openmmlab.prediction.instance_tta import InstanceTTAModel
 
     left = torch.zeros(1, 4, 6, dtype=torch.bool)
     left[:, 1:3, 0:2] = True
@@ -223,7 +217,7 @@ def test_wrong_config(train, detector_config, tmp_path):
 
 
 def test_part_of_a_config(train, score, trained):
-    with pytest.raises(UserError, match=r"mamba_vision\.py: has no model; give a whole config"):
+    with pytest.raises(UserError, match=r"mamba_vision\.py: has no model; give a complete config"):
         train(config=ROOT / "object_detection" / "configs" / "_base_" / "mamba_vision.py")
     with pytest.raises(UserError, match="has no test_evaluator"):
         score(trained / "epoch_2.pth", "--cfg-options", "test_evaluator=None")
@@ -232,9 +226,9 @@ def test_part_of_a_config(train, score, trained):
 
 
 def test_wrong_options(train, score, trained):
-    with pytest.raises(UserError, match=r"--auto-scale-lr: .* does not say for which batch size"):
+    with pytest.raises(UserError, match=r"--auto-scale-lr: .* does not name the batch size"):
         train("--auto-scale-lr", "--cfg-options", "auto_scale_lr={}")
-    with pytest.raises(UserError, match="--launcher pytorch: this process was not started by torchrun"):
+    with pytest.raises(UserError, match="--launcher pytorch: this process was not launched by torchrun"):
         train("--launcher", "pytorch")
     with pytest.raises(UserError, match=r"--eval box: unknown; choose from bbox, .*Did you mean 'bbox'"):
         score(trained / "epoch_2.pth", "--eval", "box")
@@ -256,7 +250,7 @@ def test_wrong_checkpoint(train, score, trained, tmp_path):
     checkpoint = read_checkpoint(trained / "epoch_2.pth")
     weights = tmp_path / "weights.pth"
     save_checkpoint({"state_dict": checkpoint["state_dict"]}, weights)
-    with pytest.raises(CheckpointError, match=r"weights\.pth: holds no training to go on with .*load_from="):
+    with pytest.raises(CheckpointError, match=r"weights\.pth: contains no training that could be resumed .*load_from="):
         train("--resume", weights)
     with pytest.raises(CheckpointError, match=r"is of another model than the config: \d+ of another shape \(neck"):
         score(weights, "--cfg-options", "model.neck.out_channels=24", "model.rpn_head.in_channels=24")
@@ -287,18 +281,7 @@ def test_weights_that_are_not_finite(train, score, trained, tmp_path):
 def test_images_that_vanish_during_training_are_named(workers, coco_scenes, run_program, tmp_path):
     """They were there when the data were checked."""
     scenes = shutil.copytree(coco_scenes, tmp_path / "scenes")
-    program = tmp_path / "train.py"
-    program.write_text(
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from mambavision.errors import run_cli\n"
-        "from mambavision.openmmlab.data.coco import check_datasets\n"
-        "from mambavision.openmmlab.training.run import options_of_training, train\n"
-        "def check(config):\n"
-        "    check_datasets(config)\n"
-        "    for image in Path(os.environ['SCENES_ROOT'], 'train').glob('*.jpg'): image.unlink()\n"
-        "run_cli(lambda: train(options_of_training(), check))\n"
-    )
+    program = "tests/openmmlab/programs/train_while_images_vanish.py"
     words = [CONFIG, "--work-dir", tmp_path / "run", "--cfg-options", f"train_dataloader.num_workers={workers}"]
     words += [f"train_dataloader.persistent_workers={bool(workers)}"]
     finished = run_program(program, *words, check=False, SCENES_ROOT=str(scenes))
@@ -321,7 +304,7 @@ def test_checkpoint_of_other_classes(train, score, trained, tmp_path):
     checkpoint = read_checkpoint(trained / "epoch_1.pth")
     checkpoint["meta"]["dataset_meta"]["classes"] = ("0", "2", "1")
     save_checkpoint(checkpoint, tmp_path / "other.pth")
-    sentence = r"other\.pth: was trained for 3 classes, and the data have 10; .* '2' there and '1' here"
+    sentence = r"other\.pth: was trained for 3 classes, but the data have 10; .* '2' there and '1' here"
     with pytest.raises(CheckpointError, match=sentence):
         score(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=sentence):

@@ -11,6 +11,7 @@ from PIL import Image
 from checkout import load_program
 from mambavision import save_checkpoint
 from mambavision.errors import CheckpointError, DataError, OutputError, UserError
+from mambavision.openmmlab.prediction import detection
 
 pytest.importorskip("mmdet")
 
@@ -117,8 +118,8 @@ def detect(tool, detector, tmp_path):
 
     def run(*inputs, out=tmp_path / "out", config=detector[0], checkpoint=detector[1]):
         words = [*inputs, "--config", config, "--checkpoint", checkpoint, "--out", out, "--device", "cpu"]
-        tool.predict(tool.options([str(word) for word in [*words, "--score-threshold", "0.1"]]))
-        return json.loads((out / tool.RESULTS).read_text())
+        detection.detect(**vars(tool.options([str(word) for word in [*words, "--score-threshold", "0.1"]])))
+        return json.loads((out / detection.RESULTS).read_text())
 
     return run
 
@@ -201,7 +202,7 @@ def test_no_pictures(detect, photos, tmp_path):
 def test_categories_of_coco_have_its_numbers(tool):
     from mmdet.datasets import CocoDataset
 
-    categories = tool.Results(list(CocoDataset.METAINFO["classes"])).content["categories"]
+    categories = detection.Results(list(CocoDataset.METAINFO["classes"])).content["categories"]
     assert [categories[0]["id"], categories[-1]["id"], len(categories)] == [1, 90, 80]
     assert {"id": 13, "name": "stop sign"} in categories
 
@@ -246,7 +247,7 @@ def test_broken_inputs_are_named_before_the_model_is_built(detect, photos, tmp_p
 
 
 def test_image_too_narrow_for_the_pipeline(tool, detect, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool.Detector, "detect", lambda *_: pytest.fail("was found too late"))
+    monkeypatch.setattr(detection.Detector, "detect", lambda *_: pytest.fail("was found too late"))
     Image.new("RGB", (1000, 1)).save(photos / "line.png")
     with pytest.raises(DataError, match=r"line\.png: 1000 x 1 pixels are too narrow"):
         detect(photos / "a.jpg", photos / "line.png")

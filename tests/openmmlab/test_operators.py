@@ -3,7 +3,6 @@
 import mambavision.openmmlab  # noqa: F401 - before mmcv.ops
 
 # isort: split
-import math
 import sys
 
 import mmcv.ops
@@ -43,22 +42,6 @@ def test_nms_filters_and_limits():
     assert mmcv.ops.nms(BOXES.numpy(), SCORES.numpy(), 0.4)[1].tolist() == [0, 2, 3]
     _, kept = mmcv.ops.batched_nms(BOXES, SCORES, torch.tensor([0, 1, 0, 0]), {"type": "nms", "iou_threshold": 0.4})
     assert kept.tolist() == [0, 1, 2, 3]
-
-
-def test_soft_nms():
-    overlaps = [1, 1 / 2, 1 / 5, 0]
-    linear, order = mmcv.ops.soft_nms(BOXES, SCORES, iou_threshold=0.3, method="linear")
-    # The second overlaps the first and, later, is chosen after the third, which it also overlaps by one half.
-    assert order.tolist() == [0, 2, 3, 1]
-    np.testing.assert_allclose(linear[:, 4], [0.9, 0.7, 0.6, 0.8 * (1 - overlaps[1]) * (1 - 1 / 2)], rtol=1e-6)
-    gaussian, order = mmcv.ops.soft_nms(BOXES, SCORES, method="gaussian", sigma=0.5)
-    third = 0.7 * math.exp(-(overlaps[2] ** 2) / 0.5)
-    second = 0.8 * math.exp(-(overlaps[1] ** 2) / 0.5) * math.exp(-(0.5**2) / 0.5)
-    assert order.tolist() == [0, 2, 3, 1]
-    np.testing.assert_allclose(gaussian[:, 4], [0.9, third, 0.6, second], rtol=1e-6)
-    naive, order = mmcv.ops.soft_nms(BOXES, SCORES, iou_threshold=0.3, method="naive")
-    assert order.tolist() == [0, 2, 3]
-    torch.testing.assert_close(naive[:, :4], BOXES[order])
 
 
 def _by_hand(features, roi, size, scale, samples, aligned):

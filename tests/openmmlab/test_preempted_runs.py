@@ -100,11 +100,11 @@ def test_the_same_command_goes_on_exactly(case, train, uninterrupted, tmp_path):
         assert [finished.status for finished in left] == [PREEMPTED] * ranks, left[0].output
         assert "Traceback" not in left[0].output
         last = left[0].output.splitlines()[-1]
-        assert last == f"interrupted; the same command goes on after iteration {iteration}"
+        assert last == f"interrupted; the same command resumes after iteration {iteration}"
         assert {RECORD, "recovery.pth"} <= {path.name for path in work_dir.iterdir()}
     gone_on = train(task, work_dir, "--cfg-options", "train_dataloader.num_workers=1", ranks=ranks)
     assert [finished.status for finished in gone_on] == [0] * ranks, gone_on[0].output
-    assert "this run was preempted, and goes on; to start anew, give --resume never" in gone_on[0].output
+    assert "this run was preempted and is resumed; to start a new one, give --resume never" in gone_on[0].output
     assert not {RECORD, "recovery.pth"} & {path.name for path in work_dir.iterdir()}
     assert_same_run(work_dir, uninterrupted(task, ranks))
 

@@ -88,7 +88,7 @@ def test_digits_are_those_of_the_scans(roots):
 
 
 def test_held_out_pictures_show_no_trained_part_of_a_photograph(monkeypatch):
-    from mambavision.openmmlab import scenes as module
+    import scenes as module
 
     ramp = np.zeros((200, 640, 3), np.uint8)
     ramp[:, :192] = 255
@@ -143,7 +143,7 @@ def test_is_written_once(tmp_path):
 
 
 def test_incomplete_set_is_written_again(tmp_path, monkeypatch):
-    from mambavision.openmmlab import scenes as module
+    import scenes as module
 
     def interrupt(root, split, options):
         (root / split).mkdir()

@@ -9,8 +9,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 
 from checkout import ROOT, load_program
-from mambavision.openmmlab.config import fit_to_machine, load_config
-from mambavision.openmmlab.training.run import options_of_training
+from mambavision.openmmlab.config import load_config
+from mambavision.openmmlab.training.config_steps import for_machine
+from mambavision.openmmlab.training.options import TrainOptions
+from mambavision.running.group import Group
 from mambavision.running.process import Process
 
 CONFIGS = ROOT / "semantic_segmentation" / "configs" / "segman"
@@ -141,18 +143,18 @@ def test_schedule(config, name):
 
 def test_stochastic_depth_on_the_command_line():
     path = str(CONFIGS / "segman_b_ade.py")
-    args = options_of_training(
+    args = TrainOptions.parse(
         [path, "--cfg-options", "randomness.seed=1", "--drop-path", "0.1", "--cfg-options", "x=1"]
     )
     assert args.cfg_options == ["randomness.seed=1", "model.backbone.drop_path_rate=0.1", "x=1"]
     assert load_config(path, args.cfg_options[:2]).model.backbone.drop_path_rate == 0.1
-    assert options_of_training([path]).cfg_options == []
+    assert TrainOptions.parse([path]).cfg_options == []
 
 
 def test_several_processes_without_gpu():
     """Where batch norms cannot be synchronised."""
     config = load_config(CONFIGS / "segman_t_ade.py")
-    sentences = fit_to_machine(config, Process(world_size=2, launcher="pytorch"), torch.device("cpu"))
+    config, sentences = for_machine(config, Group(Process(world_size=2, launcher="pytorch")))
     assert set(sentences) == {"no GPU: batch norms are not synchronised"}
     assert (config.get("sync_bn"), config.model.decode_head.norm_cfg.type) == (None, "BN")
 
@@ -221,8 +223,10 @@ def test_every_config_is_tested():
 
 
 def test_command_that_counts(capsys):
+    from mambavision.openmmlab.complexity import count
+
     tool = load_program("semantic_segmentation/tools/flops.py")
-    tool.count(tool.options(["--config", str(CONFIGS / "segman_t_ade.py"), "--shape", "512", "512"]))
+    count(**vars(tool.options(["--config", str(CONFIGS / "segman_t_ade.py"), "--shape", "512", "512"])))
     lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
     assert (lines["params"], lines["params decode_head"]) == ("6,397,260", "4,115,926")
     assert float(lines["GMACs"]) == pytest.approx(6.2, rel=0.05)  # published, with norms and interpolations

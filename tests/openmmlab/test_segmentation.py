@@ -1,9 +1,9 @@
 """Training, resuming, scoring and predicting with a small segmentation model, and everything that can be wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +14,19 @@ from PIL import Image
 from checkout import ROOT, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
-from mambavision.openmmlab import run
 from mambavision.openmmlab.config import load_config
+from mambavision.openmmlab.data.segmentation import check
+from mambavision.openmmlab.prediction.segmentation import segment
+from mambavision.openmmlab.training.options import TestOptions, TrainOptions
+from mambavision.openmmlab.training.segmentation import SEGMENTATION
+from mambavision.openmmlab.training.test import test as run_test
+from mambavision.openmmlab.training.train import train as run_train
 from small_runs import identical
 
 TOOLS = ROOT / "semantic_segmentation" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_segmenter.py"
 SEGMAN = ROOT / "tests" / "openmmlab" / "small_segman.py"
 SLIDE = ("model.test_cfg.mode=slide", "model.test_cfg.crop_size=(48,48)", "model.test_cfg.stride=(32,32)")
-
-
-def load_tool(name, monkeypatch):
-    """Import a program as it is when it is run: with its folder on the path."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    sys.modules.pop("check_data", None)  # the other task's programs have a module of the same name
-    return load_program(f"semantic_segmentation/tools/{name}.py")
 
 
 def forget_visualizer():
@@ -40,9 +38,8 @@ def forget_visualizer():
 
 def train_in(work_dir, monkeypatch, *words, config=CONFIG):
     forget_visualizer()
-    tool = load_tool("train", monkeypatch)
-    args = run.options_of_training([str(config), "--work-dir", str(work_dir), *map(str, words)])
-    run.train(args, tool.prepare)
+    args = TrainOptions.parse([str(config), "--work-dir", str(work_dir), *map(str, words)])
+    run_train(args, SEGMENTATION)
     return work_dir
 
 
@@ -78,13 +75,12 @@ def train(monkeypatch, tmp_path):
 
 @pytest.fixture
 def score(monkeypatch, tmp_path):
-    tool = load_tool("test", monkeypatch)
 
     def start(checkpoint, *words, config=CONFIG):
         forget_visualizer()
         work_dir = tmp_path / "scores"
-        args = run.options_of_test([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
-        run.test(args, tool.check, tool.adapt)
+        args = TestOptions.parse([str(config), str(checkpoint), "--work-dir", str(work_dir), *map(str, words)])
+        run_test(args, SEGMENTATION)
         (metrics,) = work_dir.glob("*/*.json")
         content = json.loads(metrics.read_text())
         metrics.unlink()
@@ -95,11 +91,11 @@ def score(monkeypatch, tmp_path):
 
 @pytest.fixture
 def predict(monkeypatch, trained, tmp_path):
-    tool = load_tool("predict", monkeypatch)
+    tool = load_program("semantic_segmentation/tools/predict.py")
     weights = ["--config", str(CONFIG), "--checkpoint", str(trained / "iter_4.pth"), "--device", "cpu"]
 
     def start(*words):
-        tool.predict(tool.options([*map(str, words), "--out", str(tmp_path / "out"), *weights]))
+        segment(**vars(tool.options([*map(str, words), "--out", str(tmp_path / "out"), *weights])))
         return tmp_path / "out"
 
     return start
@@ -175,7 +171,7 @@ def test_resuming_with_other_batches_is_told(train, trained, tmp_path):
     words = ("train_dataloader.sampler.type=DefaultSampler", "train_cfg._delete_=True", "train_cfg.by_epoch=False")
     work_dir = train("--resume", "--cfg-options", *words, "train_cfg.max_iters=4", "train_cfg.val_interval=9")
     (log,) = work_dir.glob("*/*.log")
-    assert "is of a run with 8 processes instead of 1, 16 images instead of 2 for a step" in log.read_text()
+    assert "belongs to a run with 8 processes instead of 1, 16 images instead of 2 per step" in log.read_text()
     assert [iteration for iteration, _ in losses(work_dir)] == [3, 4]
     content = read_checkpoint(work_dir / "iter_4.pth")
     assert content["message_hub"]["runtime_info"]["position"] == {**position, "batch": 18, "images": 2, "processes": 1}
@@ -186,7 +182,7 @@ def test_single_images_become_pairs_in_one_process(train, score, config):
     work_dir = train("--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_iters=1", config=config)
     assert len(losses(work_dir)) == 1
     (log,) = work_dir.glob("*/*.log")
-    assert "batches of 2 images in all, and the learning rate is meant for 16: set train_data" in log.read_text()
+    assert "the global batch has 2 images, but the learning rate is for 16: set train_data" in log.read_text()
     assert 0 <= score(work_dir / "iter_1.pth", config=config)["mIoU"] <= 100
 
 
@@ -261,7 +257,6 @@ def test_video(predict, ade_scenes, tmp_path):
 
 
 def test_legend_names_the_classes_that_are_there(monkeypatch):
-    load_tool("predict", monkeypatch)
     from mambavision.openmmlab.prediction.overlay import Overlay
 
     palette = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
@@ -319,17 +314,15 @@ def test_wrong_mask_is_found_before_training(train, scenes, case):
 
 
 @pytest.mark.parametrize("case", ["unknown label", "size"])
-def test_wrong_mask_is_named_when_it_is_loaded(train, scenes, case, monkeypatch):
+def test_wrong_mask_is_named_when_it_is_loaded(scenes, case):
     """Only a sample is examined before."""
     change, sentence = WRONG_MASKS[case]
     for path in (scenes / "annotations" / "training").iterdir():
         spoil(path, change)
-    monkeypatch.setitem(sys.modules, "check_data", None)
-    tool = load_tool("train", monkeypatch)
-    monkeypatch.setattr(tool, "check_datasets", lambda config: None)
-    args = run.options_of_training([str(CONFIG), "--work-dir", str(scenes / "run")])
+    args = TrainOptions.parse([str(CONFIG), "--work-dir", str(scenes / "run")])
+    task = dataclasses.replace(SEGMENTATION, check_training_data=lambda config: None)
     with pytest.raises(DataError, match=rf"\.png: {sentence}"):
-        run.train(args, tool.prepare)
+        run_train(args, task)
 
 
 def test_missing_mask_and_missing_data(train, scenes):
@@ -344,12 +337,12 @@ def test_missing_mask_and_missing_data(train, scenes):
 
 
 def test_other_number_of_classes(train, score, trained, tmp_path):
-    with pytest.raises(DataError, match=r"the data have 11 classes, and the model 5 \(num_classes\)"):
+    with pytest.raises(DataError, match=r"the data have 11 classes, but the model has 5 \(num_classes\)"):
         train("--cfg-options", "model.decode_head.num_classes=5")
     checkpoint = read_checkpoint(trained / "iter_2.pth")
     checkpoint["meta"]["dataset_meta"]["classes"] = tuple("0123456789")
     save_checkpoint(checkpoint, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"was trained for 10 classes, and the data have 11; .*'0' there"):
+    with pytest.raises(CheckpointError, match=r"was trained for 10 classes, but the data have 11; .*'0' there"):
         score(tmp_path / "other.pth")
     del checkpoint["meta"]
     checkpoint["state_dict"]["decode_head.conv_seg.bias"] = torch.zeros(10)
@@ -364,12 +357,12 @@ def test_wrong_options(score, trained):
 
 
 def test_command_that_checks_data(scenes, monkeypatch, capsys):
-    tool = load_tool("check_data", monkeypatch)
-    tool.check(tool.options([str(CONFIG)]))
+    tool = load_program("semantic_segmentation/tools/check_data.py")
+    check(**vars(tool.options([str(CONFIG)])))
     assert capsys.readouterr().out.count("good") == 2
     spoil(scenes / "annotations" / "validation" / "00001.png", with_label(99))
     with pytest.raises(DataError, match=r"1 problem\(s\) with the data, the first: .*00001\.png: .* label 99"):
-        tool.check(tool.options([str(CONFIG), "--full"]))
+        check(**vars(tool.options([str(CONFIG), "--full"])))
 
 
 LAYOUTS = {
@@ -396,12 +389,12 @@ def test_layouts_of_other_data_sets(name, tmp_path, monkeypatch):
             path.parent.mkdir(parents=True)
             Image.new(mode, (6, 4), 0).save(path)
     monkeypatch.setenv(variable, str(tmp_path))
-    tool = load_tool("check_data", monkeypatch)
+    tool = load_program("semantic_segmentation/tools/check_data.py")
     config = ROOT / "semantic_segmentation" / "configs" / "mamba_vision" / f"mamba_vision_160k_{name}_tiny.py"
-    tool.check(tool.options([str(config)]))
+    check(**vars(tool.options([str(config)])))
     shutil.rmtree((tmp_path / files[1].format(splits[0])).parent)
     with pytest.raises(DataError, match=r"no such (mask|folder)") as raised:
-        tool.check(tool.options([str(config)]))
+        check(**vars(tool.options([str(config)])))
     for converter in re.findall(r"python (\S+)", str(raised.value)):
         assert Path(converter).is_file()
     assert ("dataset_converters" in str(raised.value)) == (name != "own-data-512x512")
@@ -409,7 +402,6 @@ def test_layouts_of_other_data_sets(name, tmp_path, monkeypatch):
 
 def test_masks_without_any_class(monkeypatch):
     """The losses of both heads are 0, and finite with their gradients."""
-    load_tool("train", monkeypatch)
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import init_default_scope
     from mmengine.structures import PixelData

@@ -10,7 +10,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mambavision.errors import NonFiniteError, UserError
 from mambavision.openmmlab.training.guarded_steps import GuardedSteps
 from mambavision.running.finite import FiniteGuard
-from mambavision.running.process import Process
+from mambavision.running.group import Group
 from mambavision.running.signals import StopSignals
 
 
@@ -27,7 +27,7 @@ def signals():
 @pytest.fixture
 def guarded(signals):
     def guard(wrapper):
-        steps = GuardedSteps(wrapper, FiniteGuard(Process(), torch.device("cpu")), signals, lambda: "Look")
+        steps = GuardedSteps(wrapper, FiniteGuard(Group()), signals, lambda: "Look")
         steps.batch = {"data_samples": [SimpleNamespace(img_path="a.png"), SimpleNamespace()]}
         return steps
 
@@ -49,10 +49,10 @@ def test_finite_steps_are_taken(guarded, signals, weight):
     wrapper.update_params(weight.sum())
     signals.received = True
     assert weight.tolist() == [1, 1]
-    assert not steps.leaves  # in the middle of a step
+    assert not steps.must_stop  # in the middle of a step
     wrapper.update_params(weight.sum())
     assert weight.tolist() == [0.5, 0.5]
-    assert steps.leaves
+    assert steps.must_stop
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

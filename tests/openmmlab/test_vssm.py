@@ -156,7 +156,7 @@ def test_postfixes_in_any_order():
         ({"forward_type": "m0_noz"}, r"'m0' is none of .*Did you mean 'v0'\?"),
         ({"forward_type": "v05_nozz"}, r"there is no postfix '_nozz'\. Did you mean '_noz'\?"),
         ({"forward_type": "v0_noz"}, "v0 takes no postfixes; v05 is the same scan"),
-        ({"forward_type": "v05_onnone_onsoftmax"}, "names two norms"),
+        ({"forward_type": "v05_onnone_onsoftmax"}, "names two output norms"),
         ({"ssm_init": "v3"}, "ssm_init must be one of v0, v1, v2, got 'v3'"),
         ({"downsample_version": "none"}, "downsample_version must be one of"),
         ({"norm_layer": "gn"}, "norm_layer must be one of ln, ln2d, bn"),

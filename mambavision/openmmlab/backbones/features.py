@@ -1,4 +1,4 @@
-"""The backbones that OpenMMLab configs name, on top of this package's models."""
+"""Feature maps of this package's models as OpenMMLab backbones: the common base of all of them."""
 
 import inspect
 import logging
@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import timm
-from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
@@ -17,15 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mambavision.checkpoint import EMA_KEYS, load_weights
 from mambavision.errors import ArgumentError, CheckpointError
 from mambavision.factory import create_model
-from mambavision.models import MambaVision
 from mambavision.text import nearest
 
 _logger = logging.getLogger(__name__)
 
 OutNorm = Literal["ln2d", "ln", "bn"]
 
-# What the originals' configs inherit from the ResNets and Swins of MMDetection's and MMSegmentation's bases, whose
-# backbone they do not delete. The originals ignore what they do not know.
+# Arguments that the original configs inherit from the ResNets and Swins of MMDetection's and MMSegmentation's bases,
+# because they do not delete the inherited backbone. The original programs ignore unknown arguments.
 _INHERITED = {
     "ResNet": {"depth", "num_stages", "frozen_stages", "norm_cfg", "norm_eval", "style", "init_cfg"},
     "SwinTransformer": {
@@ -34,8 +32,8 @@ _INHERITED = {
         "convert_weights", "frozen_stages", "with_cp", "init_cfg",
     },
 }  # fmt: skip
-_OPTIONS = ("frozen_stages", "norm_eval", "with_cp", "init_cfg")
-_LEFT_OUT = ("outnorm", "norm.", "head.", "classifier.")  # entries of checkpoints that a backbone has no use for
+OPTIONS = ("frozen_stages", "norm_eval", "with_cp", "init_cfg")
+_LEFT_OUT = ("outnorm", "norm.", "head.", "classifier.")  # entries of checkpoints that a backbone does not need
 
 
 class BackboneArgumentError(ArgumentError):
@@ -43,21 +41,21 @@ class BackboneArgumentError(ArgumentError):
 
 
 class FeatureMaps:
-    """What makes an OpenMMLab backbone of a model with timm's interface: a mix-in in front of the model's class.
+    """Mix-in, in front of a model class with timm's interface, that makes the model an OpenMMLab backbone.
 
     Args:
         out_indices: Stages whose features are returned.
         norm_layer: Normalisation ``outnorm{i}`` of the features of stage i: "ln2d" or "ln" over the channels, "bn", or
             None for none.
         pretrained: Weights for `init_weights`, which training calls: a file or URL of a classifier or backbone, or the
-            name of a registered model, whose released weights are taken; classifier and final norm are left out.
-        frozen_stages: Stages that are not trained, the stem included; 0 for the stem alone, -1 for none.
-        norm_eval: Batch norms keep their statistics in training.
-        with_cp: Recompute activations in the backward pass instead of keeping them.
-        init_cfg: OpenMMLab's way to say `pretrained`: ``dict(type="Pretrained", checkpoint=...)``.
+            name of a registered model for its released weights. Classifier and final norm are not loaded.
+        frozen_stages: Number of frozen stages, in addition to the stem; 0 freezes the stem only, -1 nothing.
+        norm_eval: Keep the statistics of batch norms fixed in training.
+        with_cp: Recompute activations in the backward pass instead of storing them.
+        init_cfg: OpenMMLab's form of `pretrained`: ``dict(type="Pretrained", checkpoint=...)``.
     """
 
-    prefers_ema = False  # of the weights in a pretrained file, the averaged ones where there are any
+    prefers_ema = False  # load the averaged weights of a pretrained file, if it has any
 
     @property
     def trunk(self) -> nn.Module:
@@ -96,7 +94,7 @@ class FeatureMaps:
         self._frozen = self._freeze(frozen_stages)
 
     def _freeze(self, stages: int) -> list[nn.Module]:
-        """Freeze the stem and the first stages; return the modules inside that hold nothing else."""
+        """Freeze the stem and the first stages; return the modules that are completely frozen."""
         if stages < 0:
             return []
         groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
@@ -129,7 +127,7 @@ class FeatureMaps:
 
     def init_weights(self) -> None:
         """Load the pretrained weights; mmengine calls this before training."""
-        if not self.pretrained:  # empty in VMamba's configs, to be filled in on the command line
+        if not self.pretrained:  # empty in VMamba's configs, to be set on the command line
             _logger.warning(
                 "the backbone has no pretrained weights: unless a checkpoint is loaded, it starts untrained; for those "
                 "of a classifier, use --cfg-options model.backbone.pretrained=FILE"
@@ -171,25 +169,25 @@ def sort_arguments(
     consequence: str,
     survivors: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of a backbone's model, and the options of `FeatureMaps`, among keyword arguments.
+    """Split keyword arguments into those of a backbone's model and the options of `FeatureMaps`.
 
-    Those of a ResNet or Swin that the config inherits without deleting it are left out, and the log says so.
+    Arguments of a ResNet or Swin that the config inherits without deleting it are dropped, with a log message.
 
     Args:
-        backbone: The class, which names itself and its own parameters in messages.
-        given: Keyword arguments that are no parameters of the backbone.
+        backbone: The class, for its name and parameters in messages.
+        given: Keyword arguments that are not parameters of the backbone.
         own: Names of the model's arguments.
-        consequence: What it means that inherited arguments are left out, for the log.
-        survivors: Names that the backbone takes over if they are inherited.
+        consequence: What dropping inherited arguments means, for the log.
+        survivors: Names that are kept even if they are inherited.
 
     Raises:
-        BackboneArgumentError: There is no such argument; names the nearest.
+        BackboneArgumentError: An argument is unknown; names the nearest one.
     """
     base = "ResNet" if "depth" in given else "SwinTransformer" if "embed_dims" in given else None
     if base is not None:
         ignored = (_INHERITED[base] | {"drop_path_rate"}).difference(survivors)
         _logger.warning(
-            "the config inherits a %s backbone without _delete_=True, as the original's do: as there, these arguments "
+            "the config inherits a %s backbone without _delete_=True, like the original configs; as there, these arguments "
             "have no effect: %s; %s",
             base,
             ", ".join(f"{key}={value}" for key, value in given.items() if key in ignored),
@@ -197,73 +195,8 @@ def sort_arguments(
         )
         given = {key: value for key, value in given.items() if key not in ignored}
     for name in given:
-        if name not in own and name not in _OPTIONS:
-            known = [*inspect.signature(backbone).parameters, *_OPTIONS, *own]
+        if name not in own and name not in OPTIONS:
+            known = [*inspect.signature(backbone).parameters, *OPTIONS, *own]
             raise BackboneArgumentError(f"{backbone.__name__} has no argument {name!r}.{nearest(name, known)}")
-    options = {name: given[name] for name in _OPTIONS if name in given}
+    options = {name: given[name] for name in OPTIONS if name in given}
     return {name: value for name, value in given.items() if name not in options}, options
-
-
-@MODELS.register_module()
-class MM_mamba_vision(FeatureMaps, MambaVision):  # noqa: N801
-    """MambaVision under the original's name, with its arguments and its parameter names.
-
-    Takes the arguments of `FeatureMaps` and of `mambavision.models.MambaVision`. A config that inherits a ResNet or
-    Swin backbone without deleting it, as the original's do, is understood as the original understands it: inherited
-    arguments are ignored and `drop_path_rate` is 0.2 whatever the config says.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        in_dim: int,
-        depths: Sequence[int],
-        window_size: Sequence[int],
-        num_heads: Sequence[int],
-        mlp_ratio: float = 4.0,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        pretrained: str | None = None,
-        norm_layer: OutNorm = "ln2d",
-        layer_scale: float | None = None,
-        **others: Any,
-    ) -> None:
-        arguments, options = sort_arguments(type(self), others, _MODEL_ARGUMENTS, _AS_TRAINED)
-        super().__init__(
-            dim, in_dim, tuple(depths), tuple(window_size), tuple(num_heads), mlp_ratio,
-            num_classes=0, global_pool="", layer_scale=layer_scale, **arguments,
-        )  # fmt: skip
-        self.norm = nn.Identity()
-        self._set_up(out_indices, norm_layer, pretrained, **options)
-
-
-_MODEL_ARGUMENTS = set(inspect.signature(MambaVision).parameters) - {"num_classes", "global_pool"}
-_AS_TRAINED = "stochastic depth is 0.2, batch norms use batch statistics and nothing is frozen"
-
-
-@MODELS.register_module()
-class RegisteredBackbone(FeatureMaps, nn.Module):
-    """Any model of this package, or of timm, as a backbone: ``dict(type="RegisteredBackbone", name="mamba_vision_T")``.
-
-    Args:
-        name: Registered name, as for `mambavision.create_model`.
-        pretrained: As for `FeatureMaps`; True stands for `name`, its released weights.
-        others: Options of `FeatureMaps`; anything else goes to the model, for example ``drop_path_rate``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        pretrained: str | bool | None = None,
-        norm_layer: OutNorm | None = "ln2d",
-        **others: Any,
-    ) -> None:
-        super().__init__()
-        options = {key: others.pop(key) for key in _OPTIONS if key in others}
-        self.model = create_model(name, num_classes=0, **others)
-        self.model.prune_intermediate_layers(list(out_indices), prune_norm=True, prune_head=True)
-        self._set_up(out_indices, norm_layer, name if pretrained is True else pretrained or None, **options)
-
-    @property
-    def trunk(self) -> nn.Module:
-        return self.model

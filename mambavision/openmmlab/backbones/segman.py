@@ -15,21 +15,21 @@ _logger = logging.getLogger(__name__)
 
 _OWN = {"num_classes", "global_pool", "projection"}  # of the classifier
 _MODEL_ARGUMENTS = set(inspect.signature(SegMANEncoder).parameters) - _OWN
-# What the original takes or swallows without effect on a backbone.
+# Arguments that the original accepts without effect on a backbone.
 _INERT = {"image_size", "num_classes", "projection", "drop_rate", "sr_ratio", "style"}
 
 
 class SegMANBackbone(FeatureMaps, SegMANEncoder):
-    """An encoder without its classifier; its features are those of the stages as they are.
+    """An encoder without its classifier; returns the features of the stages without further norms.
 
     Args:
         out_indices: Stages whose features are returned.
-        pretrained: As for `FeatureMaps`. Of a file with averaged weights (``state_dict_ema``) these are taken.
-        use_checkpoint: The original's number of blocks of each stage whose activations are recomputed in the backward
-            pass; any means all, as ``with_cp=True`` does.
+        pretrained: As for `FeatureMaps`. Averaged weights in the file (``state_dict_ema``) are preferred.
+        use_checkpoint: Number of blocks of each stage whose activations are recomputed in the backward pass, as in the
+            original; any number but 0 means all, like ``with_cp=True``.
         frozen_stages, norm_eval, with_cp, init_cfg: As for `FeatureMaps`.
-        others: Arguments of `SegMANEncoder`, in place of the variant's. What the original accepts without effect
-            (``image_size``, ``style``, ...) is ignored, and the log says so.
+        others: Arguments of `SegMANEncoder` that override the variant's. Arguments that the original accepts without
+            effect (``image_size``, ``style``, ...) are ignored, with a log message.
     """
 
     variant: str  # among VARIANTS

@@ -10,7 +10,7 @@ from mambavision.models import VMamba
 from mambavision.openmmlab.backbones.features import BackboneArgumentError, FeatureMaps, sort_arguments
 from mambavision.text import nearest
 
-# Keywords that mean the same to both.
+# Keywords with the same meaning in both.
 _COMMON = {
     "patch_size", "in_chans", "depths", "dims", "ssm_d_state", "ssm_ratio", "ssm_dt_rank", "ssm_act_layer", "ssm_conv",
     "ssm_conv_bias", "ssm_drop_rate", "mlp_ratio", "mlp_act_layer", "gmlp", "patch_norm", "drop_path_rate",
@@ -22,12 +22,12 @@ _CHOICES = {
     "downsample_version": ("v2", "downsample", {"v1": "merge", "v2": "conv2x2", "v3": "conv3x3"}),
     "patchembed_version": ("v1", "stem", {"v1": "patch", "v2": "overlapping"}),
 }
-# Without effect there too: nothing reads the first, and the second is of the classifier.
+# Without effect in the original, too: the first is never read, the second belongs to the classifier.
 _UNUSED = {"ssm_rank_ratio", "num_classes"}
 KEYWORDS = {*_COMMON, *_CHOICES, *_UNUSED, "mlp_drop_rate", "posembed", "imgsize", "forward_type"}
 
-# What a forward type begins with. Cores of the same routes differ in backend and precision, which here are chosen
-# elsewhere.
+# The first part of a forward type. Cores with the same routes differ in backend and precision, which are chosen
+# elsewhere here.
 _ROUTES = {
     **dict.fromkeys(("v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3"), "cross"),
     "v051d": "unidirectional",
@@ -44,16 +44,16 @@ _POSTFIXES = {
     "_oncnorm": {"out_norm": "layer_depthwise"},
     "_onsoftmax": {"out_norm": "softmax"},
     "_onsigmoid": {"out_norm": "sigmoid"},
-    "_no32": {},  # of precision
+    "_no32": {},  # about precision
 }
 
 
 def scan_arguments(forward_type: str) -> dict[str, Any]:
-    """Return the arguments of `VMamba` that a forward type stands for.
+    """Return the arguments of `VMamba` for a forward type.
 
     Args:
-        forward_type: A core and postfixes, as in "v05_onnone_noz". The original reads the postfixes in one order
-            only; here any will do. Gate, SiLU and bias belong to the cores v0 and v0seq, which take no postfixes.
+        forward_type: A core and postfixes, as in "v05_onnone_noz". The original accepts the postfixes in one
+            order only; here any order works. The cores v0 and v0seq include gate, SiLU and bias, and take no postfixes.
 
     Raises:
         BackboneArgumentError: There is no such core or postfix, or postfixes contradict each other.
@@ -74,16 +74,16 @@ def scan_arguments(forward_type: str) -> dict[str, Any]:
         if postfix not in _POSTFIXES:
             raise refused(f"there is no postfix {postfix!r}.{nearest(postfix, _POSTFIXES)}")
         if "out_norm" in _POSTFIXES[postfix].keys() & arguments.keys():
-            raise refused("names two norms of the output; leave one out.")
+            raise refused("names two output norms; leave one out.")
         arguments.update(_POSTFIXES[postfix])
     return arguments
 
 
 def vmamba_arguments(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `VMamba` that mean what keywords of the original mean.
+    """Translate keywords of the original to arguments of `VMamba`.
 
     Args:
-        keywords: Any of `KEYWORDS`; those that are left out have the original's defaults.
+        keywords: Any of `KEYWORDS`; missing ones have the original's defaults.
 
     Raises:
         BackboneArgumentError: The original has no such value.
@@ -106,10 +106,10 @@ def vmamba_arguments(keywords: Mapping[str, Any]) -> dict[str, Any]:
 class MM_VSSM(FeatureMaps, VMamba):  # noqa: N801
     """VMamba under the original's name, with its arguments and its parameter names.
 
-    Takes the arguments of `FeatureMaps`, of which `norm_layer` is also that of the model, ``use_checkpoint`` as the
-    original's name for ``with_cp``, and `KEYWORDS`. Of the backbone that a config inherits without deleting it, as the
-    original's do, the arguments that are not among these are ignored. Unlike the original's, learned positions are
-    added, in the size of the image at hand.
+    Takes the arguments of `FeatureMaps` (`norm_layer` also applies inside the model), ``use_checkpoint`` as the
+    original's name for ``with_cp``, and `KEYWORDS`. Other arguments of a backbone that a config inherits without
+    deleting it, like the original configs, are ignored. Unlike in the original, learned positions are added, resized to
+    the image.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Masks of class numbers: reading them, and what is wrong with those that cannot be trained on."""
+"""Masks of class indices: reading and checking them."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from mambavision.openmmlab.config import settings_in
 
 
 def number_of_classes(config: Config) -> tuple[int, int]:
-    """Return how many classes a config's model knows, and the label that means none of them."""
+    """Return the number of classes of a config's model, and the label of pixels without a class."""
     heads = config.model.decode_head
     head = heads[-1] if isinstance(heads, list) else heads
     return head.num_classes, head.get("ignore_index", 255)
@@ -22,14 +22,14 @@ def number_of_classes(config: Config) -> tuple[int, int]:
 def problem_of(
     labels: np.ndarray, image_shape: tuple[int, int] | None, num_classes: int, ignored: int, is_reduced: bool
 ) -> str:
-    """Return what is wrong with a mask, or an empty string.
+    """Return the problem of an invalid mask, or an empty string.
 
     Args:
-        labels: (H, W) class numbers as for training.
-        image_shape: Height and width of its image in pixels, if known.
-        num_classes: Least number that is no class.
-        ignored: Label of pixels that are of no class.
-        is_reduced: The numbers are one less than in the file, where 0 is for pixels of no class.
+        labels: (H, W) class indices as used in training.
+        image_shape: Height and width of the image in pixels, if known.
+        num_classes: Number of classes.
+        ignored: Label of pixels without a class.
+        is_reduced: The indices are one less than in the file, where 0 marks pixels without a class.
     """
     if labels.ndim != 2:
         return f"has {labels.shape[-1]} channels, and a mask has one, the number of the class of each pixel"
@@ -46,7 +46,7 @@ def problem_of(
 
 @TRANSFORMS.register_module()
 class LoadCheckedAnnotations(LoadAnnotations):
-    """MMSegmentation's step, but a mask that cannot be used is named, where a GPU would report a failed assertion.
+    """MMSegmentation's loading step, with an error that names an invalid mask; a GPU would only fail an assertion.
 
     Args:
         num_classes: As for `problem_of`.
@@ -69,17 +69,8 @@ class LoadCheckedAnnotations(LoadAnnotations):
             raise DataError(f"{results['seg_map_path']}: {problem}.")
 
 
-def name_wrong_labels(config: Config) -> None:
-    """Let the data loaders of a config check every mask that they load."""
-    num_classes, ignored = number_of_classes(config)
-    for key in ("train_dataloader", "val_dataloader", "test_dataloader", "tta_pipeline"):
-        for setting in settings_in(config.get(key)):
-            if setting.get("type") == "LoadAnnotations":
-                setting.update(type="LoadCheckedAnnotations", num_classes=num_classes, ignored=ignored)
-
-
 def loader_of(dataset: ConfigDict) -> LoadAnnotations:
-    """Return the step that loads masks as the data set's pipeline does."""
+    """Return the step that loads masks as in the data set's pipeline."""
     steps = [step for step in settings_in(dataset.get("pipeline", [])) if step.get("type") == "LoadAnnotations"]
     options = {key: value for key, value in (steps[0] if steps else {}).items() if key not in ("type", "_scope_")}
     return LoadAnnotations(**options)

@@ -1,4 +1,4 @@
-"""Test-time augmentation with masks, which MMDetection's own leaves out."""
+"""Test-time augmentation with masks, which MMDetection's own does not support."""
 
 import torch
 from mmcv.ops import batched_nms
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @MODELS.register_module()
 class InstanceTTAModel(DetTTAModel):
-    """Merge the detections of the views of an image; every box that is kept brings the mask of its own view along."""
+    """Merge the detections of the views of an image; each kept box keeps the mask of its own view."""
 
     def _merge_single_sample(self, data_samples: list[DetDataSample]) -> DetDataSample:
         merged, *_ = data_samples

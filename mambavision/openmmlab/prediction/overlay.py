@@ -1,4 +1,4 @@
-"""Pictures of segmentations: the image under colours, and a legend of the classes that it shows."""
+"""Pictures of segmentations: the image with coloured classes, and a legend."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ class Overlay:
     Args:
         classes: Names of the classes.
         palette: Red, green and blue of each, 0 to 255.
-        opacity: Of the colours over the image, from 0 to 1.
+        opacity: Opacity of the colours over the image, from 0 to 1.
     """
 
     def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]], opacity: float = 0.5) -> None:
@@ -27,9 +27,9 @@ class Overlay:
         self._font = ImageFont.load_default(size=12)
 
     def draw(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Return an image with its segmentation on it and the legend to the right, the largest classes first.
+        """Return an image with its segmentation and, to the right, a legend with the largest classes first.
 
-        The size depends on that of the image alone, as videos need it.
+        The size depends only on that of the image, as required for videos.
 
         Args:
             image: (H, W, 3) uint8 in the order blue, green, red.
@@ -39,7 +39,7 @@ class Overlay:
         colours = self._palette[mask][..., ::-1]
         mixed = np.round(image * (1 - self._opacity) + colours * self._opacity).astype(np.uint8)
         rows = max(height, _LEAST_LINES * _LINE_HEIGHT)
-        rows += rows % 2  # as video codecs want it
+        rows += rows % 2  # required by video codecs
         columns = width + width % 2
         picture = np.full((rows, columns + _LEGEND_WIDTH, 3), _PAPER, np.uint8)
         picture[:height, :width] = mixed
@@ -68,7 +68,7 @@ class Overlay:
         return np.asarray(picture)[..., ::-1]
 
     def _fitted(self, name: str, share: str) -> str:
-        """Shorten a name so that it fits into a line with what stands to the right of it."""
+        """Shorten a name so that it fits on a line with the percentage to its right."""
         room = _LEGEND_WIDTH - 3 * _MARGIN - 20 - self._font.getlength(share)
         shortened = name
         while self._font.getlength(shortened) > room:

@@ -1,4 +1,4 @@
-"""Pictures and videos that the prediction programs of all tasks write."""
+"""Pictures and videos that the prediction programs write."""
 
 import contextlib
 import os
@@ -16,14 +16,14 @@ from mambavision.openmmlab.prediction.sources import Frame, Source
 
 
 class Pictures:
-    """Writes pictures and videos that appear in their folder when all of them are complete.
+    """Writes pictures and videos, which appear in their folder once all of them are complete.
 
     Args:
-        folder: Where they go.
-        sources: What they show; none of these files is overwritten.
+        folder: Output folder.
+        sources: The inputs; none of these files is overwritten.
 
     Raises:
-        UserError: They would take the place of a source.
+        UserError: A picture would replace a source.
     """
 
     def __init__(self, folder: Path, sources: Sequence[Source]) -> None:
@@ -45,7 +45,7 @@ class Pictures:
         return self
 
     def add(self, frame: Frame, picture: np.ndarray) -> None:
-        """Write what shows `frame`, (H, W, 3) in the order blue, green, red; the frames of a video in their order."""
+        """Write the picture of `frame`, (H, W, 3) in BGR order; the frames of a video in sequence."""
         path = self._unfinished / frame.source.result
         if not frame.source.is_video:
             with replacing(path) as file:
@@ -62,9 +62,9 @@ class Pictures:
         self._frames += 1
 
     def finish(self) -> None:
-        """Complete the last video, so that nothing is left to do that may fail but moving the files.
+        """Complete the last video; after this, only moving the files can fail.
 
-        OpenCV reports no errors in writing: the file's own count of frames tells.
+        OpenCV does not report write errors, so the number of frames in the file is checked.
         """
         if self._video is None:
             return

@@ -1,9 +1,8 @@
-"""Images and videos for the prediction programs of all tasks: finding, reading and preparing them."""
+"""Images and videos of the prediction programs: finding, reading and preprocessing them."""
 
 import glob
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,27 +19,24 @@ from PIL import Image, UnidentifiedImageError
 from mambavision.errors import DataError
 from mambavision.inputs import find_files
 from mambavision.openmmlab.config import pipeline_owner
-from mambavision.openmmlab.reporting import progress
+from mambavision.running.progress import progress
 from mambavision.text import nearest
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
-_WRITTEN_AS_THEY_ARE = {".jpeg", ".jpg", ".png"}
-_FALLBACK_FPS = 25.0  # of videos that do not tell
+_KEPT_FORMATS = {".jpeg", ".jpg", ".png"}
+_FALLBACK_FPS = 25.0  # for videos without this information
 
 _logger = logging.getLogger(__name__)
-# OpenCV and FFmpeg would print a second, less readable message for every broken file.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An image or video file, and where its result belongs below the output folder."""
+    """An image or video file, and the place of its result below the output folder."""
 
     path: Path
     result: PurePath
-    length: int = 1  # frames, as the file states them: containers may be wrong
+    length: int = 1  # frames according to the file, which may be wrong
     fps: float | None = None  # None for images
     size: tuple[int, int] = (1, 1)  # height and width, upright
 
@@ -65,17 +61,16 @@ class Frame:
 
 
 def find_sources(given: Sequence[str], out: Path) -> list[Source]:
-    """Return the images and videos that paths, folders and patterns name, each once; folders keep their layout.
+    """Return the images and videos given by paths, folders and patterns, each once; folders keep their layout.
 
-    All of them are decoded as they will be, videos as far as the first frame: a broken file shows before the slow
-    work, not after it.
+    All files are decoded (videos up to the first frame), so that broken ones are reported before the slow work.
 
     Args:
         given: Paths of files and folders, patterns.
-        out: Folder for results, which is left out when it lies inside a given folder.
+        out: Output folder, which is ignored if it lies inside a given folder.
 
     Raises:
-        DataError: An input is missing, empty, or no image or video.
+        DataError: An input is missing, empty, or neither an image nor a video.
     """
     for name in given:
         if not Path(name).exists() and not glob.glob(name, recursive=True):
@@ -88,11 +83,11 @@ def find_sources(given: Sequence[str], out: Path) -> list[Source]:
     results = [_unused(_as_written(place), taken) for place in found.values()]
     paths = list(found)
     sources = []
-    with ThreadPoolExecutor() as pool, progress("checking", len(paths)) as advance:
+    with ThreadPoolExecutor() as pool, progress("checking", len(paths)) as line:
         try:
             for path, result, (length, fps, size) in zip(paths, results, pool.map(_probe, paths), strict=True):
                 sources.append(Source(path, result, length, fps, size))
-                advance(1)
+                line.step()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -103,11 +98,11 @@ def _as_written(result: PurePath) -> PurePath:
     suffix = result.suffix.lower()
     if suffix in VIDEOS:
         return result.with_suffix(".mp4")
-    return result if suffix in _WRITTEN_AS_THEY_ARE else result.with_suffix(".png")
+    return result if suffix in _KEPT_FORMATS else result.with_suffix(".png")
 
 
 def _unused(result: PurePath, taken: set[str]) -> PurePath:
-    """Number a name that another input has; file systems may not tell upper from lower case."""
+    """Number a name that another input already has; file systems may ignore case."""
     numbered = (result.with_stem(f"{result.stem}_{number}") for number in itertools.count(2))
     free = next(name for name in itertools.chain([result], numbered) if str(name).lower() not in taken)
     taken.add(str(free).lower())
@@ -187,7 +182,7 @@ def in_batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
 
 
 class Preparation:
-    """A config's test pipeline for images that are decoded already and have no annotations.
+    """A config's test pipeline for decoded images without annotations.
 
     Args:
         cfg: Config of MMDetection or MMSegmentation; its scope must be the default.
@@ -200,7 +195,7 @@ class Preparation:
         self._steps = Compose([loading, *kept])
 
     def check(self, sources: Iterable[Source]) -> None:
-        """Raise a DataError for a source of a size that the pipeline cannot handle, before slow work with others."""
+        """Raise a DataError for a source whose size the pipeline cannot handle, before the slow work."""
         for source in {source.size: source for source in sources}.values():
             self(Frame(source, 0, np.zeros((*source.size, 3), np.uint8)))
 

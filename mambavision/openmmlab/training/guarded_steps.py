@@ -1,4 +1,4 @@
-"""Steps of mmengine's optimizers that are taken only if loss and gradients are finite."""
+"""Optimizer steps of mmengine that are taken only if loss and gradients are finite."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
@@ -11,25 +11,27 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mambavision.errors import NonFiniteError, UserError
 from mambavision.running.finite import FiniteGuard
+from mambavision.running.group import Group
 from mambavision.running.process import Process
 from mambavision.running.signals import StopSignals
 
 
-def current_process() -> Process:
-    """Return this process among those that mmengine knows of."""
-    return Process(get_rank(), world_size=get_world_size())
-
-
-def collective_device() -> torch.device:
-    """Return where the collectives of all processes work, or where a single one does."""
-    return torch.device(get_comm_device() if is_distributed() else get_device())
+def current_group() -> Group:
+    """Return the group of processes that mmengine works in."""
+    device = torch.device(get_comm_device() if is_distributed() else get_device())
+    return Group(Process(get_rank(), world_size=get_world_size()), device)
 
 
 class GuardedSteps:
-    """Lets a `FiniteGuard` see every step of an optimizer wrapper before it is taken.
+    """Checks every step of an optimizer wrapper with a `FiniteGuard` before it is taken.
 
-    With it travels whether any process was asked to leave: `leaves` says so after a step, on all of them.
-    Set `batch` before each iteration. `advice` is what to add to the message of a step that must not be taken.
+    Set `batch` before each iteration. After a step, `must_stop` is True on all processes if any was asked to stop.
+
+    Args:
+        wrapper: The optimizer wrapper, whose methods are replaced.
+        guard: Checks loss and gradients.
+        signals: Requests to stop, which are exchanged together with the check.
+        advice: Returns what to add to the error message of a step that is not taken.
 
     Raises:
         UserError: There are several optimizers.
@@ -41,7 +43,7 @@ class GuardedSteps:
         if isinstance(wrapper, OptimWrapperDict):
             raise UserError(f"optim_wrapper: {type(wrapper).__name__} has several optimizers; give one.")
         self.batch: Any = None
-        self.leaves = False
+        self.must_stop = False
         self._guard, self._signals, self._advice, self._optimizer = guard, signals, advice, wrapper.optimizer
         scaler = getattr(wrapper, "loss_scaler", None)
         self._has_loss_scale = scaler is not None and scaler.is_enabled()
@@ -66,7 +68,7 @@ class GuardedSteps:
             parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
             gradients = [] if self._has_loss_scale else [each.grad for each in parameters if each.grad is not None]
             try:
-                self.leaves = self._guard.check(gradients, self._signals.received, self._has_loss_scale)
+                self.must_stop = self._guard.check(gradients, self._signals.received, self._has_loss_scale)
                 self._was_taken = False
                 step(**kwargs)
                 if self._has_loss_scale:

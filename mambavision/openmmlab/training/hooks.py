@@ -15,11 +15,11 @@ from mambavision.openmmlab.checkpoints import AtomicLocalBackend
 from mambavision.running.folder_lock import FolderLock
 from mambavision.running.newest import STARTED
 
-RECOVERY = "recovery.pth"  # what a run that was asked to leave writes, until its next regular checkpoint
+RECOVERY = "recovery.pth"  # written by a run that was asked to stop; exists until its next regular checkpoint
 
 
 class _DeletesNothing(AtomicLocalBackend):
-    """Keeps the paths that were to be deleted."""
+    """Records the paths that were to be deleted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class _DeletesNothing(AtomicLocalBackend):
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's hook, but in an order in which nothing is lost whenever the run is killed.
+    """mmengine's hook, in an order in which nothing is lost whenever the run is killed.
 
-    First the new checkpoint is complete, then the file ``last_checkpoint`` names it, then old ones are deleted.
+    First the new checkpoint is completed, then the file ``last_checkpoint`` names it, then old ones are deleted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name in self.args:  # mmengine finds out when it saves the first time
+        for name in self.args:  # mmengine would notice at the first checkpoint only
             if name not in inspect.signature(Runner.save_checkpoint).parameters:
                 raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
 
@@ -65,7 +65,7 @@ class SafeCheckpointHook(CheckpointHook):
             Path(runner.work_dir, RECOVERY).unlink(missing_ok=True)
 
     def _keep(self, runner: Runner, step: int) -> None:
-        """Note a checkpoint among those to keep, and have the oldest deleted if they become too many."""
+        """Add a checkpoint to those to keep, and delete the oldest if there are too many."""
         if self.max_keep_ckpts <= 0 or step in [*self.keep_ckpt_ids][-1:]:
             return
         if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
@@ -82,7 +82,7 @@ class SafeCheckpointHook(CheckpointHook):
     @contextlib.contextmanager
     def _deleting_afterwards(self) -> Iterator[None]:
         backend = self.file_backend
-        if isinstance(backend, _DeletesNothing):  # the best checkpoint saves the last one along with it
+        if isinstance(backend, _DeletesNothing):  # saving the best checkpoint also saves the last one
             yield
             return
         self.file_backend = collected = _DeletesNothing()
@@ -92,12 +92,14 @@ class SafeCheckpointHook(CheckpointHook):
             self.file_backend = backend
         best = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
         for path in collected.unwanted:
-            if path not in (self.last_ckpt, *best) and backend.isfile(path):  # else written again under the same name
+            if path not in (self.last_ckpt, *best) and backend.isfile(
+                path
+            ):  # otherwise it was written again under the same name
                 backend.remove(path)
 
 
 class OwnFolderHook(Hook):
-    """Marks the checkpoints of a start of a run with its number, and writes none if the run's folder was deleted.
+    """Adds the start's number to checkpoints, and prevents writing if the run's folder was deleted.
 
     Args:
         start: See `mambavision.resume.number_of_start`.
@@ -109,7 +111,7 @@ class OwnFolderHook(Hook):
         self._lock = lock
 
     def before_train(self, runner: Runner) -> None:
-        """Mark them only now: what a checkpoint says was restored in between."""
+        """Add the number after the resumed checkpoint has been restored, which would overwrite it."""
         runner.message_hub.update_info(STARTED, self._start)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
