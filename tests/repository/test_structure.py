@@ -73,6 +73,83 @@ def test_dependencies_point_one_way(path):
     assert not foreign, f"{path} imports {foreign}"
 
 
+PACKAGES = {"mambavision": "mambavision", "vision_kernels": "kernels/vision_kernels", "engine": "classification/engine"}
+
+
+def modules():
+    """Return the path of every module of our packages by its name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in SOURCES:
+            if path.startswith(folder + "/"):
+                inside = Path(path).relative_to(folder).with_suffix("").parts
+                found[".".join([package, *(part for part in inside if part != "__init__")])] = path
+    return found
+
+
+class _Imports(ast.NodeVisitor):
+    """Collects the modules that a module imports, anywhere but for type checkers."""
+
+    def __init__(self, known):
+        self.known, self.found = known, set()
+
+    def visit_If(self, node):
+        if ast.unparse(node.test) != "TYPE_CHECKING":
+            self.generic_visit(node)
+
+    def visit_Import(self, node):
+        self.found |= {alias.name for alias in node.names} & self.known
+
+    def visit_ImportFrom(self, node):
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            self.found |= {inner if inner in self.known else node.module} & self.known
+
+
+def circle(graph):
+    """Return the names along a circle of a directed graph, or None."""
+    done = set()
+
+    def follow(name, trail):
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        found = next(filter(None, (follow(each, [*trail, name]) for each in sorted(graph[name]))), None)
+        done.add(name)
+        return found
+
+    return next(filter(None, (follow(name, []) for name in sorted(graph))), None)
+
+
+def test_circles_are_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Neither at the top level nor within functions."""
+    paths, graph = modules(), {}
+    for name, path in paths.items():
+        visitor = _Imports(set(paths))
+        visitor.visit(ast.parse((ROOT / path).read_text()))
+        graph[name] = visitor.found - {name}
+    assert len(graph) > 100
+    found = circle(graph)
+    assert found is None, " -> ".join(found)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if Path(path).parent == Path("classification")])
+def test_programs_call_the_engine_module_of_their_name(path):
+    program = Path(path).stem
+    called = {
+        node.module
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("engine.") and node.module != "engine.options"
+    }
+    assert called == {f"engine.{program}"}
+
+
 @pytest.mark.parametrize("path", SOURCES)
 def test_optional_packages_are_imported_where_they_are_used(path):
     if Path(path).name.startswith("triton_"):
