@@ -1,5 +1,6 @@
 """A small data set of real scans, and training on it."""
 
+import functools
 import io
 import shutil
 import traceback
@@ -10,7 +11,7 @@ import torch
 import mambavision
 from data_sets import write_digits
 from small_models import SMALL
-from small_runs import setting
+from small_runs import SETTING, setting
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +81,34 @@ def train(training_options, tmp_path):
         return folders[-1] if folders else None
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained(digits, tmp_path_factory):
+    """Train a small run with some options once; return its folder, which tests must not change."""
+    import engine.train
+    from engine.options import TrainOptions
+
+    @functools.cache
+    def folder(*words):
+        output = tmp_path_factory.mktemp("trained")
+        place = ["--data-dir", str(digits), "--output", str(output), "--experiment", "run"]
+        torch.manual_seed(0)
+        engine.train.train(TrainOptions.parse([*SETTING, *place, *words]))
+        torch.use_deterministic_algorithms(False)
+        return output / "exp" / "run"
+
+    return folder
+
+
+@pytest.fixture
+def copy_of_run(trained, training_options, tmp_path):
+    """Copy a run with some options to where `train` writes its runs; return its folder."""
+
+    def copy(*words, name="run"):
+        return shutil.copytree(trained(*words), tmp_path / "output/train/exp" / name)
+
+    return copy
 
 
 @pytest.fixture

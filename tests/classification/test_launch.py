@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from scoring import results, score
 
 import mambavision
 from checkout import ROOT
+from entry_points import run
 from small_models import SMALL
 from small_runs import SETTING
 
@@ -47,13 +49,12 @@ def test_training_under_srun(digits, tmp_path):
 
 
 STARTS = {
-    1: [],
     2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     3: [str(ROOT / "mambavision/running/start.py"), "3"],
 }
 
 
-def test_scores_do_not_depend_on_the_number_of_processes(digits, tmp_path):
+def test_scores_do_not_depend_on_the_number_of_processes(digits, tmp_path, capsys):
     """Fifteen images in batches of four: eight and seven for two processes, five for each of three."""
     arguments = SMALL["mamba_vision_T"] | {"num_classes": 3}
     model = mambavision.create_model("mamba_vision_T", **arguments)
@@ -72,7 +73,9 @@ def test_scores_do_not_depend_on_the_number_of_processes(digits, tmp_path):
         )
         for count, start in STARTS.items()
     }
-    scores = {}
+    score(*words)
+    result = results(capsys)
+    scores = {1: [result["top1"], result["top5"], result["loss"]]}
     for count, processes in running.items():
         output, errors = processes.communicate(timeout=120)
         assert processes.returncode == 0, errors
@@ -84,11 +87,15 @@ def test_scores_do_not_depend_on_the_number_of_processes(digits, tmp_path):
 
 
 @pytest.mark.parametrize("program", ["train.py", "validate.py", "throughput.py", "predict.py picture.png"])
-def test_unknown_backends_end_programs_before_they_start(program, run_program, tmp_path):
+def test_unknown_backends_end_programs_before_they_start(program, tmp_path, monkeypatch, capsys):
     name, *words = program.split()
-    result = run_program(f"classification/{name}", *words, check=False, VISION_KERNELS_BACKEND="cudaa")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: VISION_KERNELS_BACKEND: conv1d_silu=cudaa: this operator has the backends")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISION_KERNELS_BACKEND", "cudaa")
+    with pytest.raises(SystemExit) as end:
+        run(f"classification/{name}", monkeypatch, *words)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: VISION_KERNELS_BACKEND: conv1d_silu=cudaa: this operator has the backends")
     assert not list(tmp_path.iterdir())
 
 

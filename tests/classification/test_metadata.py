@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 
 import mambavision
 from engine.options import PredictOptions, ValidateOptions
@@ -121,17 +120,9 @@ WRONG_TRAINING = {
 
 
 @pytest.fixture(scope="module")
-def last(digits, tmp_path_factory):
+def last(trained):
     """The last checkpoint of a short training."""
-    from engine.options import TrainOptions
-    from engine.train import train
-    from small_runs import SETTING
-
-    folder = tmp_path_factory.mktemp("short")
-    words = [*SETTING, "--data-dir", str(digits), "--output", str(folder), "--experiment", "run", "--epochs", "1"]
-    train(TrainOptions.parse([*words, "--warmup-epochs", "0"]))
-    torch.use_deterministic_algorithms(False)
-    return folder / "exp" / "run" / "last.pth.tar"
+    return trained("--epochs", "1") / "last.pth.tar"
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG_TRAINING.items() for value in values])

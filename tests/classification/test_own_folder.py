@@ -17,9 +17,9 @@ def content(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_folder_of_a_run_that_trains_is_left_alone(train):
+def test_folder_of_a_run_that_trains_is_left_alone(train, copy_of_run):
     """By its experiment, by --resume auto, by the name of its checkpoint, and by --resume never."""
-    folder = train("--epochs", "1", "--experiment", "one")
+    folder = copy_of_run("--epochs", "1", name="one")
     commands = [
         ["--experiment", "one"],
         ["--experiment", "one", "--resume", "auto"],

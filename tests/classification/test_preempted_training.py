@@ -79,8 +79,8 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_asked_run_ends_like_an_undisturbed_one(train, ask, capsys, moment):
-    undisturbed = train(*FULL, "--experiment", "undisturbed")
+def test_asked_run_ends_like_an_undisturbed_one(train, trained, ask, capsys, moment):
+    undisturbed = trained(*FULL)
     owner, method, at, place = MOMENTS[moment]
     number = STOP_SIGNALS[len(moment) % 2]
     ask(owner, method, at, number)
@@ -88,7 +88,7 @@ def test_asked_run_ends_like_an_undisturbed_one(train, ask, capsys, moment):
         train(*FULL, "--experiment", "asked")
     assert left.value.exit_status == PREEMPTED
     assert left.value.advice == f" in epoch {place[0]}; the same command resumes the run"
-    asked = undisturbed.parent / "asked"
+    asked = Path("output/train/exp/asked")
     recovery = read_checkpoint(asked / run_folder.RECOVERY)
     assert (recovery["epoch"], recovery["next_batch"]) == place
     (asked / ".last.pth.tar.1234.tmp").write_text("of a process that was killed")
@@ -166,8 +166,8 @@ def test_jobs_that_slurm_restarts_leave_other_runs_alone(train, monkeypatch):
     assert len(folders()) == 2
 
 
-def test_files_to_resume_are_those_of_the_first_start(train, ask):
-    first = train("--epochs", "1", "--experiment", "first")
+def test_files_to_resume_are_those_of_the_first_start(train, copy_of_run, ask):
+    first = copy_of_run("--epochs", "1", name="first")
     words = ["--epochs", "3", "--experiment", "first", "--resume", first / run_folder.LAST, "--start-epoch", "1"]
     ask(Trainer, "_after_validation_batch", 3)
     with pytest.raises(Preempted):

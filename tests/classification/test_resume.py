@@ -14,7 +14,7 @@ from engine.train import Trainer
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, DataError
 from mambavision.running.newest import newest_valid
-from small_runs import identical, summary, weights
+from small_runs import identical, summary, timeless, weights
 
 
 class InterruptionError(Exception):
@@ -25,10 +25,10 @@ FULL = ["--epochs", "4", "--model-ema", "--model-ema-decay", "0.9", "--grad-accu
         "--mesa-start-ratio", "0.1", "--drop-path", "0.3", "--workers", "2"]  # fmt: skip
 
 
-def test_resumed_run_ends_like_an_uninterrupted_one(train, monkeypatch):
-    uninterrupted = train(*FULL, "--experiment", "uninterrupted")
+def test_resumed_run_ends_like_an_uninterrupted_one(train, trained, monkeypatch):
+    uninterrupted = trained(*FULL)
     whole = {key: weights(uninterrupted, key=key) for key in ("state_dict", "state_dict_ema")}
-    rows = summary(uninterrupted)
+    rows = timeless(uninterrupted)
 
     finish = Trainer._run_epoch
 
@@ -47,13 +47,12 @@ def test_resumed_run_ends_like_an_uninterrupted_one(train, monkeypatch):
     resumed = Path("output/train/exp/interrupted")
     for key, expected in whole.items():
         assert identical(weights(resumed, key=key), expected)
-    timeless = [{key: value for key, value in row.items() if "per_second" not in key} for row in summary(resumed)]
-    assert timeless == [{key: value for key, value in row.items() if "per_second" not in key} for row in rows]
+    assert timeless(resumed) == rows
 
 
-def test_run_can_be_taken_up_inside_an_epoch(train, monkeypatch):
+def test_run_can_be_taken_up_inside_an_epoch(train, trained, monkeypatch):
     words = [*FULL, "--recovery-interval", "1"]
-    expected = weights(train(*words, "--experiment", "uninterrupted"))
+    expected = weights(trained(*FULL))
     steps, backward = itertools.count(), learner.Learner.backward
 
     def stop_in_epoch_1(self, loss):
@@ -65,7 +64,6 @@ def test_run_can_be_taken_up_inside_an_epoch(train, monkeypatch):
     with pytest.raises(InterruptionError):
         train(*words, "--experiment", "interrupted")
     monkeypatch.setattr(learner.Learner, "backward", backward)
-    shutil.rmtree("output/train/exp/uninterrupted")
     recovery = read_checkpoint(Path("output/train/exp/interrupted") / run_folder.RECOVERY)
     assert (recovery["epoch"], recovery["next_batch"]) == (1, 4)
     folder = train(*words, "--resume", "auto")
@@ -85,9 +83,8 @@ def test_plateau_remembers_its_patience(train):
     assert folder is not None
 
 
-def test_automatic_resume_takes_the_newest_whole_checkpoint(train, capsys):
-    folder = train("--epochs", "3", "--resume", "auto", "--checkpoint-hist", "3")
-    assert "nothing to resume" in capsys.readouterr().out
+def test_automatic_resume_takes_the_newest_whole_checkpoint(train, copy_of_run, capsys):
+    folder = copy_of_run("--epochs", "3", "--checkpoint-hist", "3")
     assert len(list(folder.glob("checkpoint-*"))) == 3
     for newest in (folder / run_folder.LAST, folder / "checkpoint-2.pth.tar"):
         newest.unlink()
@@ -100,20 +97,19 @@ def test_automatic_resume_takes_the_newest_whole_checkpoint(train, capsys):
     assert [row["epoch"] for row in summary(folder)] == ["0", "1", "2", "3"]
 
 
-def test_finished_run_has_nothing_left_to_do(train, capsys):
-    folder = train()
+def test_finished_run_has_nothing_left_to_do(train, copy_of_run, capsys):
+    folder = copy_of_run()
     train("--resume", folder / run_folder.LAST)
     assert "all 2 epochs of this run are complete" in capsys.readouterr().out
 
 
-def test_foreign_checkpoints_start_a_folder_of_their_own(train, tmp_path):
-    folder = train()
+def test_foreign_checkpoints_start_a_folder_of_their_own(train, trained, tmp_path):
+    folder = trained()
     foreign = tmp_path / "downloads" / "checkpoint.pth.tar"
     foreign.parent.mkdir()
     checkpoint = read_checkpoint(folder / run_folder.LAST)
     kept = {key: checkpoint[key] for key in ("epoch", "arch", "state_dict", "optimizer", "version", "args")}
     mambavision.save_checkpoint(kept, foreign)
-    shutil.rmtree(folder)
     assert len(summary(train("--epochs", "3", "--resume", foreign))) == 1
     assert [path.name for path in foreign.parent.iterdir()] == ["checkpoint.pth.tar"]
     del kept["optimizer"]
@@ -126,8 +122,8 @@ def test_foreign_checkpoints_start_a_folder_of_their_own(train, tmp_path):
 # Which run
 
 
-def test_automatic_resume_stays_with_its_run(train, prepare):
-    train("--epochs", "1", "--experiment", "a")
+def test_automatic_resume_stays_with_its_run(train, copy_of_run, prepare):
+    copy_of_run("--epochs", "1", name="a")
     train("--epochs", "1", "--experiment", "b")
     runs = Path("output/train/exp")
     assert prepare("--resume", "auto").folder == runs / "b"
@@ -136,8 +132,9 @@ def test_automatic_resume_stays_with_its_run(train, prepare):
     assert (new.folder, new.first_epoch) == (runs / "c", 0)
 
 
-def test_tags_separate_runs_of_one_output(train, prepare):
-    train("--epochs", "1", "--output", "out", "--tag", "one")
+def test_tags_separate_runs_of_one_output(train, prepare, capsys):
+    train("--epochs", "1", "--output", "out", "--tag", "one", "--resume", "auto")
+    assert "nothing to resume" in capsys.readouterr().out
     (folder,) = Path("out/one").iterdir()
     assert prepare("--output", "out", "--tag", "one", "--resume", "auto").folder == folder
     other = prepare("--output", "out", "--tag", "two", "--resume", "auto")
@@ -148,8 +145,8 @@ def test_tags_separate_runs_of_one_output(train, prepare):
 # Checkpoints that do not fit
 
 
-def test_resuming_needs_the_same_classes(train, digits, tmp_path):
-    folder = train()
+def test_resuming_needs_the_same_classes(train, copy_of_run, digits, tmp_path):
+    folder = copy_of_run()
     data = shutil.copytree(digits, tmp_path / "data")
     for split in ("train", "val"):
         (data / split / "digit 1").rename(data / split / "digit 9")
@@ -341,8 +338,8 @@ def test_repeated_epoch_takes_the_place_of_its_first_run(tmp_path):
 # Which is the newest
 
 
-def test_times_of_files_do_not_matter(train, prepare):
-    folder = train("--epochs", "3", "--checkpoint-hist", "3")
+def test_times_of_files_do_not_matter(copy_of_run, prepare):
+    folder = copy_of_run("--epochs", "3", "--checkpoint-hist", "3")
     for age, path in enumerate(sorted(folder.glob("*.pth.tar"))):  # last.pth.tar looks oldest
         os.utime(path, (10**9 - age, 10**9 - age))
     shutil.copy(folder / "checkpoint-0.pth.tar", folder / "checkpoint-9.pth.tar")
@@ -362,8 +359,8 @@ def test_run_that_went_back_is_gone_on_with_from_there(train, prepare):
     assert prepare("--resume", "auto").first_epoch == 2
 
 
-def test_run_that_was_resumed_last_is_taken(train, prepare):
-    train("--epochs", "1", "--experiment", "a")
+def test_run_that_was_resumed_last_is_taken(train, copy_of_run, prepare):
+    copy_of_run("--epochs", "1", name="a")
     train("--epochs", "2", "--experiment", "b")
     train("--epochs", "2", "--resume", "output/train/exp/a/last.pth.tar")
     for path in Path("output/train/exp/a").iterdir():
@@ -376,8 +373,8 @@ def test_run_that_was_resumed_last_is_taken(train, prepare):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_no_row_is_lost_between_checkpoint_and_summary(train, monkeypatch, epoch, moment):
-    undisturbed = timeless(train("--epochs", "3", "--experiment", "undisturbed"))
+def test_no_row_is_lost_between_checkpoint_and_summary(train, trained, monkeypatch, epoch, moment):
+    undisturbed = timeless(trained("--epochs", "3", "--checkpoint-hist", "3"))
     write, draw = report.write_summary, report.RunReport.draw_curves
 
     def killed(folder, rows):
@@ -400,12 +397,8 @@ def test_no_row_is_lost_between_checkpoint_and_summary(train, monkeypatch, epoch
     assert (folder / report.CURVES).exists()
 
 
-def timeless(folder):
-    return [{key: value for key, value in row.items() if "per_second" not in key} for row in summary(folder)]
-
-
-def test_rows_of_earlier_versions_are_kept(train):
-    folder = train("--epochs", "2")
+def test_rows_of_earlier_versions_are_kept(train, copy_of_run):
+    folder = copy_of_run()
     before = summary(folder)
     checkpoint = read_checkpoint(folder / run_folder.LAST)
     del checkpoint["summary"]

@@ -209,8 +209,8 @@ def test_runs_of_the_same_second_do_not_meet(tmp_path, monkeypatch):
     assert [folder.name for folder in folders] == names
 
 
-def test_existing_runs_are_not_overwritten(train):
-    folder = train("--experiment", "one")
+def test_existing_runs_are_not_overwritten(train, copy_of_run):
+    folder = copy_of_run(name="one")
     with pytest.raises(UserError, match="already contains a run; resume it with --resume auto"):
         train("--experiment", "one")
     assert len(summary(folder)) == 2
@@ -234,16 +234,10 @@ def test_remaining_time_counts_the_epochs_left(prepare, caplog, monkeypatch):
 
 # Many processes
 
-LAUNCHERS = {
-    "torch.distributed.launch": ["-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "{port}"],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:{port}"],
-}
 
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(launcher, digits, tmp_path):
-    port = {"torch.distributed.launch": 29611, "torchrun": 29612}[launcher]
-    command = [word.format(port=port) for word in LAUNCHERS[launcher]]
+def test_two_processes(digits, tmp_path):
+    """By torch.distributed.launch; torchrun starts those of test_preempted_training.py."""
+    command = ["-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29611"]
     words = ["--data_dir", str(digits), "--tag", "two", "--model-ema", "--log-interval", "1"]
     result = subprocess.run(
         [sys.executable, *command, str(ROOT / "classification/train.py"), *SETTING, *words],
