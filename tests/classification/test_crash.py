@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from crashes import count_points, killed_after, killed_at
+from crashes import count_points, killed_after, killed_at, point_of
 from engine import run_folder
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.files import remove_temporaries
@@ -56,40 +56,44 @@ def check(folder, finished):
     assert read_checkpoint(folder / run_folder.LAST)["epoch"] == 4
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The points of the work, and its duration."""
-    points = count_points(begin(tmp_path_factory.mktemp("count")))
-    work, started = begin(tmp_path_factory.mktemp("time")), time.monotonic()
-    work(lambda epoch: None)
-    return points, time.monotonic() - started
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_killed_at_a_point_of_writing(tmp_path, measured, seed):
-    points, _ = measured
-    point = (seed * points) // 30 + random.Random(seed).randrange(points // 30)
-    was_killed, finished = killed_at(point, begin(tmp_path))
+def kill_at_a_point(folder, seed, rounds):
+    point = point_of(seed, rounds, count_points(begin(folder / "count")))
+    was_killed, finished = killed_at(point, begin(folder / "killed"))
     assert was_killed
-    check(tmp_path, finished)
+    check(folder / "killed", finished)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_killed_while_copying(tmp_path, monkeypatch, seed):
-    """Where the file system has no links."""
+def kill_at_any_time(folder, seed):
+    work, started = begin(folder / "time"), time.monotonic()
+    work(lambda epoch: None)
+    duration = time.monotonic() - started
+    _, finished = killed_after(random.Random(seed).uniform(0, duration), begin(folder / "killed"))
+    check(folder / "killed", finished)
+
+
+@pytest.fixture
+def no_links(monkeypatch):
+    """A file system without links, where checkpoints are copied."""
 
     def refuse(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    points = count_points(begin(tmp_path / "count"))
-    was_killed, finished = killed_at(random.Random(seed).randrange(points), begin(tmp_path / "killed"))
-    assert was_killed
-    check(tmp_path / "killed", finished)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_killed_at_any_time(tmp_path, measured, seed):
-    _, duration = measured
-    _, finished = killed_after(random.Random(seed).uniform(0, duration), begin(tmp_path))
-    check(tmp_path, finished)
+# Many more rounds are in tests/long/killed_writing.py.
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_a_point_of_writing(tmp_path, seed):
+    kill_at_a_point(tmp_path, seed, rounds=6)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_while_copying(tmp_path, no_links, seed):
+    kill_at_a_point(tmp_path, seed, rounds=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_time(tmp_path, seed):
+    kill_at_any_time(tmp_path, seed)

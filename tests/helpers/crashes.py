@@ -7,6 +7,7 @@ removing. Before and after each of them, and in the middle of every write, is a 
 import builtins
 import io
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -134,3 +135,8 @@ def count_points(work: Callable[[Report], None]) -> int:
     with _counted(points):
         work(lambda number: None)
     return points.passed
+
+
+def point_of(seed: int, rounds: int, points: int) -> int:
+    """Return a random one of some points; equal parts of them belong to the seeds of all rounds."""
+    return seed * points // rounds + random.Random(seed).randrange(points // rounds)
