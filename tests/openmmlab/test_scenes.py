@@ -6,9 +6,9 @@ import mmcv
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from scenes import CLASSES, Options, scan_numbers, scenes, write_scenes
 
 from mambavision.errors import OutputError
-from scenes import CLASSES, Options, scan_numbers, scenes, write_scenes
 
 OPTIONS = Options(train=6, val=3)
 
