@@ -75,7 +75,9 @@ class ProgramOptions:
     def parser(cls) -> Parser:
         """Return the program's argument parser."""
         positional = "".join(
-            f" [{field.metadata['metavar']}]" if field.metadata.get("nargs") == "?" else f" {field.metadata['metavar']} ..."
+            f" [{field.metadata['metavar']}]"
+            if field.metadata.get("nargs") == "?"
+            else f" {field.metadata['metavar']} ..."
             for field in _options_of(cls)
             if field.metadata["positional"]
         )
