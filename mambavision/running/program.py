@@ -18,6 +18,8 @@ from mambavision.running.ranges import check_ranges
 from mambavision.text import escaped
 from vision_kernels.backends import check_forced_backend
 
+_WORKER_SECONDS = 1.0  # to end after SIGTERM
+
 
 def run_cli(main: Callable[[], None], options: Mapping[str, Any] | None = None) -> None:
     """Run a program; a user error or interruption ends it with a sentence on stderr instead of a traceback.
@@ -53,10 +55,13 @@ def _end_abruptly(text: str) -> NoReturn:
     if _rank() is not None:
         sys.unraisablehook = lambda *_: None
         _end(text, IO_FAILURE)
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.terminate()
+        worker.join(_WORKER_SECONDS)
     sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+    # A worker may have been terminated in the middle of a line.
+    print(f"\n{text}" if workers else text, file=sys.stderr, flush=True)
     os._exit(IO_FAILURE)
 
 
