@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mambavision import unpickling
 from mambavision.errors import CheckpointError
 from mambavision.files import replacing
+from mambavision.timm_model import TimmModel
 from mambavision.unpickling import RefusedError
 
 _logger = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ def load_weights(
     return _load(model, found, in_layout_of(model, found), source, strict=strict, skip_head=skip_head)
 
 
-def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
+def load_pretrained(model: TimmModel, path: str | os.PathLike) -> LoadReport:
     """Load released weights into a model that may have other classes or input channels.
 
     The classifier is left at its initialisation when the number of classes differs, and the first convolution is

@@ -1,15 +1,15 @@
 """Creating and listing models by name, on timm's registry."""
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import timm
-from torch import nn
 
 from mambavision import models
 from mambavision.checkpoint import load_checkpoint
 from mambavision.errors import ArgumentError
 from mambavision.text import nearest
+from mambavision.timm_model import TimmModel
 
 # timm files a model under the last part of the module that registered it.
 _MODULES = [getattr(models, name).__module__.rpartition(".")[-1] for name in models.__all__]
@@ -45,7 +45,7 @@ def expand_model_name(given: str, **kwargs: Any) -> list[str]:
 
 def create_model(
     name: str, pretrained: bool = False, checkpoint_path: str | os.PathLike | None = None, **kwargs: Any
-) -> nn.Module:
+) -> TimmModel:
     """Create a model of this package, or any other that timm knows.
 
     Args:
@@ -67,6 +67,7 @@ def create_model(
             "holds; create the whole model and call forward_intermediates, or load with strict=False."
         )
     model = timm.create_model(name, pretrained=pretrained, features_only=features_only or None, **kwargs)
+    model = cast(TimmModel, model)
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
     return model

@@ -2,20 +2,21 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from mambavision.errors import OutputError
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the usual form for a module that may be missing
 
 _TEMPORARY = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")  # see `_open_temporary`
 _ONLY_OF_RUNS = re.compile(r"\..+\.\d+(-[0-9a-f]{8}\.link)?\.tmp")  # see `link`; without it, of earlier versions
@@ -44,7 +45,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike):
+def replacing(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
     """Open a temporary binary file that takes the place of `path` only once it is complete and on disk.
 
     Processes and threads may write the same path at once: the last to be complete stays. What processes that were
@@ -139,7 +140,7 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+def _open_temporary(path: Path) -> tuple[Path, io.BufferedWriter]:
     """Return a new file beside `path`, and open it; it is locked while it is open."""
     while True:
         temporary = _beside(path)

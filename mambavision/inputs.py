@@ -59,14 +59,15 @@ def _named(given: str, extensions: Collection[str], out: Path | None, results: s
 def _in_folder(
     folder: Path, extensions: Collection[str], out: Path | None, results: str
 ) -> Iterator[tuple[Path, PurePath]]:
-    is_inside = out is not None and out != folder.resolve() and out.is_relative_to(folder.resolve())
+    top = folder.resolve()
+    inside = out if out is not None and out != top and out.is_relative_to(top) else None
     for file in folder.rglob("*"):
         place = file.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in place.parts)
         if file.suffix.lower() not in extensions or is_hidden or not file.is_file():
             continue
         is_result = results and file.match(results) and file.parent.resolve() == out
-        if not is_result and not (is_inside and file.resolve().is_relative_to(out)):
+        if not is_result and not (inside is not None and file.resolve().is_relative_to(inside)):
             yield file, place
 
 

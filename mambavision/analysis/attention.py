@@ -8,7 +8,7 @@ the output at position i takes from the input at j <= i ``sum_n C_i w_i / w_j de
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class MapKind:
                 f"unknown map {name!r}: write a route (a0, a1, ...; ao0, ... in the route's own order; all, nall), "
                 f"_norm or _absnorm or neither, and _{', _'.join(get_args(Mode))}; for example all_norm_CB."
             )
-        own_order, route, combined, normalisation, mode = match.groups()
+        parts: tuple[Any, ...] = match.groups()
+        own_order, route, combined, normalisation, mode = parts
         return cls(mode, combined or int(route), normalisation or "none", bool(own_order))
 
     def __str__(self) -> str:
@@ -102,13 +103,13 @@ def attention_maps(record: ScanRecord | AttentionRecord, kinds: Iterable[MapKind
         by_route = zip(record.routes, matrices.unbind(1), strict=True)
         ordered = [_in_row_major_order(route, each, layout) for route, each in by_route]
         for kind in (kind for kind in kinds if kind.mode == mode):
-            if kind.in_order_of_route:
+            if kind.in_order_of_route and isinstance(kind.route, int):
                 chosen = normalised(_by_image(matrices[:, kind.route], layout), kind.normalisation)
             elif kind.route == "nall":
                 each = [normalised(_by_image(one, layout), kind.normalisation) for one in ordered]
                 chosen = torch.stack(each).mean(dim=0)
             else:
-                chosen = sum(ordered) if kind.route == "all" else ordered[kind.route]
+                chosen = sum(ordered[1:], ordered[0]) if kind.route == "all" else ordered[kind.route]
                 chosen = normalised(_by_image(chosen, layout), kind.normalisation)
             maps[str(kind)] = chosen
     return {str(kind): maps[str(kind)] for kind in kinds}
@@ -128,13 +129,13 @@ def _matrices(record: ScanRecord, mode: Mode) -> Tensor:
         if mode == "CBdt":
             matrices = matrices * record.delta.mean(dim=2)[:, :, None]
         return matrices.tril()
-    matrices = []
+    by_route = []
     for route, A in enumerate(record.A):  # one by one, as this takes memory for all channels and states
         delta = record.delta[:, route, :, None]  # (batch x windows, dim, 1, length)
         log_w = (delta * A[..., None]).cumsum(dim=-1)
         K_route = K[:, route, None] * delta if mode == "CwBdtw" else K[:, route, None]
-        matrices.append(_with_decay(log_w, Q[:, route, None].expand_as(log_w), K_route.expand_as(log_w)) / len(A))
-    return torch.stack(matrices, dim=1)
+        by_route.append(_with_decay(log_w, Q[:, route, None].expand_as(log_w), K_route.expand_as(log_w)) / len(A))
+    return torch.stack(by_route, dim=1)
 
 
 def _with_decay(log_w: Tensor, Q: Tensor, K: Tensor) -> Tensor:

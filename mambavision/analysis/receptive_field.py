@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambavision.errors import ArgumentError
+from mambavision.timm_model import TimmModel
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ReceptiveField:
     skipped: int  # whose maps were not finite
 
 
-def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1) -> ReceptiveField:
+def receptive_field(model: TimmModel, batches: Iterable[Tensor], stage: int = -1) -> ReceptiveField:
     """Return the mean effective receptive field over images.
 
     Args:
@@ -30,7 +31,8 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1
     Raises:
         ArgumentError: There are no images, or no map is finite.
     """
-    total, images, skipped = None, 0, 0
+    total: Tensor | None = None
+    images = skipped = 0
     for batch in batches:
         maps = receptive_field_maps(model, batch, stage)
         finite = maps.isfinite().flatten(1).all(dim=1)
@@ -38,14 +40,14 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1
         total = added if total is None else total + added
         images += int(finite.sum())
         skipped += int((~finite).sum())
-    if not images:
+    if total is None or not images:
         raise ArgumentError(
             f"no receptive field: of {skipped} images not one has a finite gradient; check the weights."
         )
     return ReceptiveField(total / images, images, skipped)
 
 
-def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> Tensor:
+def receptive_field_maps(model: TimmModel, images: Tensor, stage: int = -1) -> Tensor:
     """Return each image's effective receptive field.
 
     The positive part of the gradient, summed over the image's channels, of the activations in the middle of the
@@ -76,7 +78,7 @@ def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> T
     return gradient.relu().sum(dim=1)
 
 
-def check_stage(model: nn.Module, stage: int) -> None:
+def check_stage(model: TimmModel, stage: int) -> None:
     if not hasattr(model, "forward_intermediates"):
         raise ArgumentError(f"{type(model).__name__}: has no intermediate features (forward_intermediates of timm).")
     count = len(model.feature_info)

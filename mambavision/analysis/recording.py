@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mambavision.errors import ArgumentError
+from mambavision.models.staged import StagedModel
 from mambavision.text import nearest
+from mambavision.timm_model import TimmModel
 from vision_kernels.cross_scan import ROUTES, Route
 from vision_kernels.mamba_mixer.composed import mamba_mixer_composed
 from vision_kernels.ss2d.unfused import scan_arguments
@@ -78,7 +80,7 @@ class _Recorder(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def block_name(model: nn.Module, stage: int, block: int) -> str:
+def block_name(model: TimmModel, stage: int, block: int) -> str:
     """Return the name of a block of a model in stages, such as ``layers.2.blocks.1``; of another model,
     ``blocks.1``.
 
@@ -86,7 +88,7 @@ def block_name(model: nn.Module, stage: int, block: int) -> str:
         ArgumentError: There is no such stage or block.
     """
     prefix = ""
-    if hasattr(model, "stages_name"):
+    if isinstance(model, StagedModel):
         if not 0 <= stage < len(model.stages):
             raise ArgumentError(f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, from 0 on.")
         prefix = model.feature_info[stage]["module"] + "."
@@ -99,7 +101,7 @@ def block_name(model: nn.Module, stage: int, block: int) -> str:
 
 
 @torch.no_grad()
-def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> list[ScanRecord | AttentionRecord]:
+def record_blocks(model: TimmModel, images: Tensor, names: Sequence[str]) -> list[ScanRecord | AttentionRecord]:
     """Run a model in evaluation mode and return what its blocks hand to their scans or attention.
 
     Args:
@@ -145,7 +147,7 @@ def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> lis
 
 
 def _record(
-    model: nn.Module, name: str, calls: list, sizes: dict[str, torch.Size], images: Tensor
+    model: TimmModel, name: str, calls: list, sizes: dict[str, torch.Size], images: Tensor
 ) -> ScanRecord | AttentionRecord:
     what = f"{name} of {type(model).__name__}"
     if not calls:
@@ -157,7 +159,7 @@ def _record(
         return _of_ss2d(*args[:-1])
     layout, prefix = _layout(model, name, what, sizes, images)
     if function is torch.ops.vision_kernels.selective_scan:
-        return _of_scan(*args[:-1], layout)
+        return _of_scan(layout, *args[:-1])
     query, key, _, *others = args
     # Attention to the identity matrix is the matrix of attention, whatever masks and scales there are.
     identity = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device).expand(*key.shape[:-1], -1)
@@ -174,7 +176,7 @@ def _of_ss2d(
     return ScanRecord(delta, A, B, C, ROUTES[routes], Layout(height, width, (height, width)))
 
 
-def _of_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, layout: Layout) -> ScanRecord:
+def _of_scan(layout: Layout, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last) -> ScanRecord:
     """Those of a scan along one route."""
     if channels_last:
         delta, B, C = (each.movedim(1, -1) for each in (delta, B, C))
@@ -183,17 +185,17 @@ def _of_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, la
     return ScanRecord(delta[:, None], A[None], B.float(), C.float(), ROUTES["unidirectional"][:1], layout)
 
 
-def _layout(model: nn.Module, name: str, what: str, sizes: dict[str, torch.Size], images: Tensor) -> tuple[Layout, int]:
+def _layout(model: TimmModel, name: str, what: str, sizes: dict[str, torch.Size], images: Tensor) -> tuple[Layout, int]:
     """Return the layout of the sequences of a block, and how many tokens without a place stand in front of them."""
     stage = name.rpartition(".blocks.")[0]
     window = getattr(model.get_submodule(stage), "window", None)
     if stage and window:
-        return Layout(*sizes[stage], (window, window)), 0
+        height, width = sizes[stage]
+        return Layout(height, width, (window, window)), 0
     if not stage and hasattr(model, "num_prefix_tokens"):
-        size = tuple(
-            length // patch for length, patch in zip(images.shape[2:], model.patch_embed.patch_size, strict=True)
-        )
-        return Layout(*size, size), model.num_prefix_tokens
+        patch_height, patch_width = model.patch_embed.patch_size
+        height, width = images.shape[2] // patch_height, images.shape[3] // patch_width
+        return Layout(height, width, (height, width)), model.num_prefix_tokens
     raise ArgumentError(
         f"{what}: the places of its tokens in the image are not known; choose a VMamba, MambaVision or ViT."
     )

@@ -104,8 +104,9 @@ def _explanation(error: Exception) -> str | None:
         return f"{name} has no argument {argument[2]!r}.{nearest(argument[2], _arguments(kind))}"
     if re.match(r"(\w+)\.__init__\(\) missing \d+ required .*", message):
         return f"{message}."
-    if kind := re.match(r"(\S+) is not in the (\w+)::(.+?) registry", message):
-        return f"there is no {kind[1]!r} in {kind[2]}'s registry of {kind[3]}s.{nearest(kind[1], _registered(kind[3]))}"
+    if found := re.match(r"(\S+) is not in the (\w+)::(.+?) registry", message):
+        name, library, registry = found.groups()
+        return f"there is no {name!r} in {library}'s registry of {registry}s.{nearest(name, _registered(registry))}"
     return None
 
 

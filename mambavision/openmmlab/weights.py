@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from mmengine import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -14,7 +14,7 @@ from mambavision.openmmlab.config import explained
 from mambavision.openmmlab.training.config_steps import drop_pretrained
 
 
-def trained_model(config: Config, checkpoint: dict[str, Any], source: str, device: torch.device) -> nn.Module:
+def trained_model(config: Config, checkpoint: dict[str, Any], source: str, device: torch.device) -> BaseModel:
     """Build the model of a config for inference, with the weights of a checkpoint.
 
     Args:
@@ -61,8 +61,9 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> 
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
-        model = model.module
+    # Of DistributedDataParallel, of test-time augmentation.
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     return model
 
 

@@ -20,7 +20,7 @@ class SampleView(NamedTuple):
 
     epoch: int
     times: int  # earlier views of the sample within the epoch
-    index: Hashable  # as samplers yield it: one number, or several
+    index: Any  # as samplers yield it: one number, or several
 
 
 class ViewCounter:

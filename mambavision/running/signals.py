@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mambavision.errors import OutputError, Preempted
 from mambavision.running import record
@@ -43,7 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = False
-        self._previous: dict[int, signal.Handlers] = {}
+        self._previous: dict[int, Any] = {}  # handlers
         self._process = os.getpid()
         self._first = 0.0
 

@@ -53,8 +53,8 @@ def main() -> int:
         variables = os.environ | {name: str(value) for name, value in (group | own).items()}
         # In a session of its own: signals to a whole group of processes, as of Ctrl-C, come once, from here.
         processes.append(subprocess.Popen([sys.executable, "-u", *command], env=variables, start_new_session=True))
-    for number in early:
-        _send(processes, number)
+    for early_number in early:
+        _send(processes, early_number)
     return _wait(processes)
 
 

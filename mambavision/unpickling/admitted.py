@@ -78,15 +78,15 @@ def _ordered_dict(arguments: Arguments, state: Any, items: Items) -> OrderedDict
     _require(arguments == (), "an OrderedDict with arguments")
     result = OrderedDict(items)
     if state is not None:  # of modules: the versions of their parts
-        metadata = state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
+        metadata: Any = state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
         _require(isinstance(metadata, dict), "an OrderedDict with attributes")
         _require(all(isinstance(each, dict) for each in metadata.values()), "invalid versions of modules")
-        result._metadata = metadata
+        result._metadata = metadata  # type: ignore[attr-defined]  # as torch itself sets it
     return result
 
 
 def _counter(arguments: Arguments, state: Any, items: Items) -> Counter:
-    counts = arguments[0] if len(arguments) == 1 else None
+    counts: Any = arguments[0] if len(arguments) == 1 else None
     _require(isinstance(counts, dict) and state is None and not items, "an invalid Counter")
     _require(all(type(count) is int for count in counts.values()), "an invalid Counter")
     return Counter(counts)
@@ -133,11 +133,11 @@ _NUMBERS = ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f
 
 
 def _dtype(arguments: Arguments, state: Any, items: Items) -> np.dtype:
-    code = arguments[0] if arguments else None
+    code: Any = arguments[0] if arguments else None
     _require(type(code) is str and arguments[1:] in ((), (False, True)) and not items, "an invalid numpy.dtype")
     if code not in _NUMBERS:
         raise RefusedError(f"numpy.dtype({code[:20]!r})")
-    order = state[1] if isinstance(state, tuple) and len(state) == 8 else None if state is not None else "="
+    order: Any = state[1] if isinstance(state, tuple) and len(state) == 8 else None if state is not None else "="
     _require(order in ("<", ">", "|", "="), "a numpy.dtype with parts")
     if state is not None:
         _require(state == (3, order, None, None, None, -1, -1, 0), "a numpy.dtype with parts")
@@ -145,6 +145,8 @@ def _dtype(arguments: Arguments, state: Any, items: Items) -> np.dtype:
 
 
 def _numpy_scalar(arguments: Arguments, state: Any, items: Items) -> bool | int | float:
+    dtype: Any
+    data: Any
     dtype, data = arguments if len(arguments) == 2 else (None, None)
     is_number = isinstance(dtype, np.dtype) and type(data) is bytes and state is None and not items
     _require(is_number and len(data) == dtype.itemsize, "an invalid NumPy scalar")

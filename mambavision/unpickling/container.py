@@ -106,6 +106,7 @@ def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
     data = bytearray(archive.getinfo(name).file_size)
     try:
         with archive.open(name) as part, memoryview(data) as view:
+            assert isinstance(part, zipfile.ZipExtFile)
             done = 0
             while done < len(data) and (read := part.readinto(view[done:])):
                 done += read

@@ -148,7 +148,8 @@ def _objects(content: dict[str, list[dict[str, Any]]], categories: Set[Id]) -> I
 def unusable_files(images: Iterable[dict[str, Any]], folder: Path) -> tuple[list[str], list[str]]:
     """Return the file names that are not in the folder, and those of empty files."""
     sizes = _file_sizes(folder)
-    missing, empty = [], []
+    missing: list[str] = []
+    empty: list[str] = []
     for name in (image["file_name"] for image in images):
         size = sizes.get(name)
         if size is None and (folder / name).is_file():  # behind a link, or written in another way
@@ -215,7 +216,8 @@ def _coco_datasets(node: Any) -> Iterator[dict[str, Any]]:
             yield from _coco_datasets(node.get(key))
 
 
-def _dataset_class(dataset: dict[str, Any]) -> type | None:
+def _dataset_class(dataset: dict[str, Any]) -> Any:
+    """Return the class of a data set, or None if it is unknown."""
     from mmdet.registry import DATASETS
 
     kind = dataset.get("type")

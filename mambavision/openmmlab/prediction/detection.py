@@ -138,6 +138,7 @@ def _meta(cfg: Config, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     """Return classes and palette of the checkpoint or, if it has none, of the config."""
     kept = checkpoint.get("meta", {})
     kept = {key.lower(): value for key, value in {**kept, **kept.get("dataset_meta", {})}.items()}
+    error: type[UserError]
     if kept.get("classes"):
         origin, error, meta = path, CheckpointError, kept
     else:

@@ -47,7 +47,8 @@ class Pictures:
     def add(self, frame: Frame, picture: np.ndarray) -> None:
         """Write the picture of `frame`, (H, W, 3) in BGR order; the frames of a video in sequence."""
         path = self._unfinished / frame.source.result
-        if not frame.source.is_video:
+        fps = frame.source.fps
+        if fps is None:
             with replacing(path) as file:
                 file.write(cv2.imencode(path.suffix, picture)[1].tobytes())
             return
@@ -55,7 +56,7 @@ class Pictures:
             self.finish()
             path.parent.mkdir(parents=True, exist_ok=True)
             height, width = picture.shape[:2]
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), frame.source.fps, (width, height))
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
             self._video = frame.source, writer
             self._frames = 0
         self._video[1].write(picture)

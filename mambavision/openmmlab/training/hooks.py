@@ -36,6 +36,8 @@ class SafeCheckpointHook(CheckpointHook):
     First the new checkpoint is completed, then the file ``last_checkpoint`` names it, then old ones are deleted.
     """
 
+    file_backend: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name in self.args:  # mmengine would notice at the first checkpoint only
@@ -102,7 +104,7 @@ class OwnFolderHook(Hook):
     """Adds the start's number to checkpoints, and prevents writing if the run's folder was deleted.
 
     Args:
-        start: See `mambavision.resume.number_of_start`.
+        start: See `mambavision.running.newest.new_start_number`.
         lock: Of the folder.
     """
 

@@ -39,7 +39,7 @@ def find(work_dir: Path, resume: str) -> tuple[str, dict[str, Any]] | None:
     if found is None:
         folder = work_dir if resume == AUTO else Path(resume)
         is_file = resume != AUTO and not folder.is_dir()
-        found = (folder, load_from_local(folder)) if is_file else newest_valid(_checkpoints(folder), _position)
+        found = (folder, load_from_local(str(folder))) if is_file else newest_valid(_checkpoints(folder), _position)
     if found is None:
         _logger.warning("nothing to resume in %s: starting a new training", folder)
         return None
