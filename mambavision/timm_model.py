@@ -29,4 +29,6 @@ class TimmModel(nn.Module):
 
         def set_grad_checkpointing(self, enable: bool = True) -> None: ...
 
+        def set_input_size(self, *args: Any, **kwargs: Any) -> None: ...  # of transformers
+
         def group_matcher(self, coarse: bool = False) -> dict[str, Any]: ...

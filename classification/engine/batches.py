@@ -18,8 +18,9 @@ import torch
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, default_collate
 
+from engine.data import ImageData
 from engine.options import TrainOptions
 from engine.options.train import AugmentationOptions
 from mambavision.errors import UserError
@@ -83,8 +84,10 @@ class TrainLoader:
         images: The data set; None for one of timm's streams, whose samples have no index.
     """
 
-    def __init__(self, loader: DataLoader | PrefetchLoader, images: Dataset | None) -> None:
+    def __init__(self, loader: DataLoader | PrefetchLoader, images: ImageData | None) -> None:
         self.loader = loader
+        self._dataset: Any = loader.dataset
+        self._sampler: Any = loader.sampler  # an EpochSampler, except for streams
         self._images = images
 
     def __len__(self) -> int:
@@ -93,17 +96,17 @@ class TrainLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (images, targets) of an epoch, starting at `first_batch`."""
         if self._images is None:  # a stream counts epochs itself and can only be read from its start
-            self.loader.dataset.set_epoch(epoch)
+            self._dataset.set_epoch(epoch)
             yield from islice(self.loader, first_batch, None)
         else:
-            self.loader.sampler.set_epoch(epoch, first_batch)
+            self._sampler.set_epoch(epoch, first_batch)
             yield from self.loader
 
     def sample_names(self, epoch: int, batch: int) -> list[str]:
         """Return the file names of the images in a batch, as far as they are known."""
         if self._images is None:
             return [f"batch {batch} of the stream"]
-        return [_name(self._images, index) for index in self.loader.sampler.indices(epoch, batch)]
+        return [_name(self._images, index) for index in self._sampler.indices(epoch, batch)]
 
     def stop_mixup(self) -> None:
         """Switch off mixup in the collate function; workers must be restarted to notice."""
@@ -112,7 +115,7 @@ class TrainLoader:
             self.loader.loader._iterator = None
 
 
-def _name(dataset: Dataset, index: int) -> str:
+def _name(dataset: ImageData, index: int) -> str:
     if isinstance(dataset, AugMixDataset):
         dataset = dataset.dataset
     if isinstance(dataset, ImageDataset):  # timm's
@@ -122,7 +125,7 @@ def _name(dataset: Dataset, index: int) -> str:
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: ImageData,
     data_config: dict[str, Any],
     augmentation: dict[str, Any],
     *,
@@ -170,7 +173,7 @@ def train_loader(
     workers = _worker_count(workers)
     if isinstance(dataset, IterableImageDataset):
         dataset.set_loader_cfg(num_workers=workers)
-        images = sampler = None
+        sampler = images = None
     else:
         images = SeededDataset(dataset, seed, group.rank, _entropy)
         sampler = EpochSampler(_sampler(dataset, group, seed, aug_repeats), epoch_repeats, batch_size)
@@ -190,26 +193,30 @@ def train_loader(
     if len(loader) == 0:
         count = len(dataset if sampler is None else sampler)
         raise UserError(f"--batch-size {batch_size} exceeds the {count} training images of a process; lower it.")
-    if prefetch:
-        loader = PrefetchLoader(
-            loader,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            channels=data_config["input_size"][0],
-            device=group.device,
-            **({} if augmentation.get("no_aug") else erase),
-        )
-    return TrainLoader(loader, images and dataset)
+    is_indexed = images is not None
+    if not prefetch:
+        return TrainLoader(loader, dataset if is_indexed else None)
+    prefetched = PrefetchLoader(
+        loader,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        channels=data_config["input_size"][0],
+        device=group.device,
+        **({} if augmentation.get("no_aug") else erase),
+    )
+    return TrainLoader(prefetched, dataset if is_indexed else None)
 
 
-def _sampler(dataset: Dataset, group: Group, seed: int, aug_repeats: float) -> DistributedSampler | SeededRepeatSampler:
+def _sampler(
+    dataset: ImageData, group: Group, seed: int, aug_repeats: float
+) -> DistributedSampler | SeededRepeatSampler:
     if aug_repeats:
         return SeededRepeatSampler(dataset, group.size, group.rank, num_repeats=aug_repeats, seed=seed)
     return DistributedSampler(dataset, group.size, group.rank, seed=seed)
 
 
 def eval_loader(
-    dataset: Dataset,
+    dataset: ImageData,
     data_config: dict[str, Any],
     *,
     batch_size: int,
@@ -244,7 +251,7 @@ def eval_loader(
 def _worker_count(wanted: int | None) -> int:
     if wanted is not None:
         return wanted
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_DEFAULT_WORKERS, usable)
 
 
@@ -266,8 +273,8 @@ def build_batches(
     options: TrainOptions,
     data_config: dict[str, Any],
     num_classes: int,
-    train: Dataset,
-    validation: Dataset,
+    train: ImageData,
+    validation: ImageData,
     group: Group,
 ) -> Batches:
     """Create the loaders of train.py.
@@ -310,7 +317,7 @@ def build_batches(
         },
         batch_size=options.model.batch_size,
         seed=options.run.seed,
-        collate_mixup=mixup if prefetch else None,
+        collate_mixup=mixup if isinstance(mixup, FastCollateMixup) else None,
         aug_repeats=augmentation.aug_repeats,
         aug_splits=augmentation.aug_splits,
         erase_only_augmented=augmentation.resplit,

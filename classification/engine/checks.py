@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-import timm
+import timm.optim
 import torch
 from timm.data import create_transform
 
@@ -63,7 +63,7 @@ def _check_combinations(options: TrainOptions, device: torch.device) -> None:
 
 
 def _check_optimizer(name: str) -> None:
-    known = timm.optim.list_optimizers()
+    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
     if name.lower() not in known:
         raise UserError(f"unknown optimizer --opt {name}.{nearest(name, known)}")
 

@@ -62,8 +62,8 @@ def _draw(tiles: Sequence[Tile]) -> Image.Image:
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _caption(tile: Tile, font: _Font) -> list[str]:

@@ -27,7 +27,12 @@ _logger = logging.getLogger(__name__)
 
 add_img_extensions((".bmp", ".gif", ".tif", ".tiff", ".webp"))  # timm looks for .png, .jpg and .jpeg only
 
+# Data sets of timm, torchvision and this module have a length and a transform, which torch's Dataset lacks.
+ImageData = Any
+
 SKIPPED = -1  # target of an image that could not be decoded
+
+Skipping = Literal["", "replace", "mark"]
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -43,7 +48,7 @@ def decode_image(file: str | os.PathLike | BinaryIO, mode: str = "RGB", exif_tra
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: It cannot be decoded.
     """
-    image = Image.open(file)
+    image: Image.Image = Image.open(file)
     if exif_transpose:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -99,7 +104,7 @@ class FolderDataset(ImageDataset):
         class_map: str | dict[str, int] = "",
         mode: str = "RGB",
         exif_transpose: bool = False,
-        skip_corrupt: Literal["", "replace", "mark"] = "",
+        skip_corrupt: Skipping = "",
     ) -> None:
         try:
             super().__init__(str(root), class_map=class_map, input_img_mode=mode)
@@ -174,7 +179,7 @@ def open_split(
     epoch_repeats: int = 0,
     exif_transpose: bool = False,
     skip_corrupt: bool = False,
-) -> torch.utils.data.Dataset:
+) -> ImageData:
     """Open one split of a data set.
 
     Args:
@@ -191,13 +196,13 @@ def open_split(
     """
     mode = image_mode(channels)
     if not is_folder(dataset):
-        create = partial(
+        create: Callable[[], ImageData] = partial(
             create_dataset,
             dataset,
             root=data_dir,
             split=split,
             is_training=is_training,
-            class_map=class_map or None,
+            class_map=class_map or None,  # type: ignore[arg-type]  # a file or None, too, whatever timm's stub says
             download=download,
             batch_size=batch_size,
             seed=seed,
@@ -216,13 +221,13 @@ def open_split(
         class_map = _read_class_map(class_map, root)
     elif not class_map and root.is_dir():
         _check_class_folders(root)
-    skipping = "" if not skip_corrupt else "replace" if is_training else "mark"
+    skipping: Skipping = "" if not skip_corrupt else "replace" if is_training else "mark"
     return FolderDataset(root, class_map, mode, exif_transpose, skipping)
 
 
 def open_training_data(
     options: DataOptions, batch_sizes: tuple[int, int], channels: int, seed: int
-) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, list[str] | None]:
+) -> tuple[ImageData, ImageData, list[str] | None]:
     """Return the training and validation data of train.py and the names of their classes, which must agree.
 
     Args:
@@ -260,7 +265,7 @@ def _decode_or_name(file: str, mode: str) -> Image.Image:
         raise DataError(f"{file}: cannot be decoded ({why_undecodable(error)}); repair or remove it.") from error
 
 
-def _one_after_the_other(download: Callable[[], torch.utils.data.Dataset]) -> torch.utils.data.Dataset:
+def _one_after_the_other(download: Callable[[], ImageData]) -> ImageData:
     """Let the first process download, then one of every other machine; the rest finds the files there."""
     process = this_process()
     if not process.is_distributed:
@@ -328,7 +333,7 @@ def _read_class_map(path: str, root: Path) -> dict[str, int]:
     return load_class_map(path, str(root))
 
 
-def class_names(dataset: torch.utils.data.Dataset) -> list[str] | None:
+def class_names(dataset: ImageData) -> list[str] | None:
     """Return the names of the classes in the order of their indices, or None if the data set does not know them."""
     mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
     return sorted(mapping, key=mapping.get) if mapping else None
@@ -356,7 +361,7 @@ def _listed(names: list[str], count: int = 5) -> str:
     return ", ".join(map(repr, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def log_skipped(dataset: torch.utils.data.Dataset, log: Callable[[str], None] = _logger.warning) -> int:
+def log_skipped(dataset: ImageData, log: Callable[[str], None] = _logger.warning) -> int:
     """Report the files that were skipped in a data set, and return their number."""
     corrupt = getattr(dataset, "corrupt_files", [])
     if corrupt:

@@ -110,6 +110,12 @@ class Learner:
 
     # Training
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that are trained."""
+        model = self.task.get_trainable_module()
+        assert model is not None
+        return model.parameters()
+
     def distribute(self) -> None:
         """Wrap the model for training in several processes."""
         if self.group.is_distributed and not self.options.averaging.fsdp:
@@ -127,7 +133,7 @@ class Learner:
     def gradients(self) -> Iterator[Tensor]:
         """Yield the gradients that must be finite before a step; none with a loss scale, which handles overflow."""
         if not self.scaler.is_enabled():
-            for parameter in self.task.get_trainable_module().parameters():
+            for parameter in self.parameters():
                 if parameter.grad is not None:
                     yield parameter.grad
 
@@ -149,7 +155,7 @@ class Learner:
 
     def models_on_device(self) -> dict[str, nn.Module]:
         """Return the model and its average, unless that is on the CPU, where it is slow and NCCL cannot reach it."""
-        models = {"raw": self.task.get_eval_model()}
+        models: dict[str, Any] = {"raw": self.task.get_eval_model()}
         if self.task.has_ema() and not self.options.averaging.model_ema_force_cpu:
             models["averaged"] = self.task.get_eval_model(ema=True)
         return models
@@ -184,7 +190,7 @@ class Learner:
             own[name].copy_(saved[name])
 
     def _named_buffers(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind in ("model", "average") if self.task.has_ema() else ("model",):
             model = unwrap_model(self.task.get_eval_model(ema=kind == "average"))
             saved = model.state_dict().keys()  # others are constants

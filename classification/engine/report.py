@@ -77,9 +77,10 @@ def summary_row(
     epoch: int, train: Mapping[str, float], validation: Mapping[str, float], lr: float
 ) -> dict[str, float | str]:
     """Return the summary row of an epoch, with timm's columns."""
-    row = {"epoch": epoch}
+    row: dict[str, float | str] = {"epoch": epoch}
     row |= {f"train_{key}": value for key, value in train.items()}
-    return row | {f"eval_{key}": value for key, value in validation.items()} | {"lr": lr}
+    row |= {f"eval_{key}": value for key, value in validation.items()}
+    return row | {"lr": lr}
 
 
 def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:

@@ -24,9 +24,10 @@ def build(model_class: type[Model], variant: str, pretrained: bool, **kwargs: An
     config = get_pretrained_cfg(variant)
     assert config is not None  # every variant has an entry
     if pretrained and not config.has_weights:
+        notes = "; ".join(config.notes or ())
         raise CheckpointError(
-            f"{variant}: the authors' weights ({"; ".join(config.notes or ())}) are not available for download; get the file "
-            f"from {config.origin_url} and pass it as checkpoint_path."
+            f"{variant}: the authors' weights ({notes}) are not available for download; get the file from "
+            f"{config.origin_url} and pass it as checkpoint_path."
         )
     try:
         model = build_model_with_cfg(

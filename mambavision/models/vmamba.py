@@ -348,9 +348,7 @@ def _stem(kind: Stem, in_chans: int, dim: int, stride: int, norm: NormLayer) -> 
     return nn.Sequential(*first, conv(dim // 2, dim), nn.Identity(), norm(dim))
 
 
-def _downsample(
-    kind: Downsample, dim: int, out_dim: int, norm_last: NormLayer, norm_first: NormLayer
-) -> nn.Module:
+def _downsample(kind: Downsample, dim: int, out_dim: int, norm_last: NormLayer, norm_first: NormLayer) -> nn.Module:
     if kind == "merge":
         return PatchMerging(dim, out_dim, norm_last)
     size, padding = (3, 1) if kind == "conv3x3" else (2, 0)

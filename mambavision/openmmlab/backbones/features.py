@@ -83,7 +83,12 @@ class FeatureMaps(TimmModel):
         if not -1 <= frozen_stages <= len(stages):
             raise BackboneArgumentError(f"frozen_stages must be from -1 to {len(stages)}, got {frozen_stages}")
         layer_norm = partial(LayerNorm2d, eps=1e-5)
-        norms: dict[OutNorm | None, Callable[[int], nn.Module]] = {"ln2d": layer_norm, "ln": layer_norm, "bn": nn.BatchNorm2d, None: nn.Identity}
+        norms: dict[OutNorm | None, Callable[[int], nn.Module]] = {
+            "ln2d": layer_norm,
+            "ln": layer_norm,
+            "bn": nn.BatchNorm2d,
+            None: nn.Identity,
+        }
         if norm_layer not in norms:
             raise BackboneArgumentError(f"norm_layer must be one of {', '.join(map(str, norms))}, got {norm_layer!r}")
         self.out_indices = tuple(out_indices)
