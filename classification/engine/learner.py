@@ -14,6 +14,7 @@ from engine import sharding
 from engine.acceleration import training_precision
 from engine.objective import build_task
 from engine.options import TrainOptions
+from engine.remedies import naming_flags
 from engine.resume import Resumed
 from engine.schedule import build_optimizer, build_scheduler, global_batch, learning_rates
 from mambavision.checkpoint import EMA_KEYS, load_weights
@@ -64,6 +65,7 @@ class Learner:
 
     # Resuming
 
+    @naming_flags(training=True)
     def _load_weights(self, resumed: Resumed) -> None:
         path, checkpoint = str(resumed.path), resumed.checkpoint
         load_weights(unwrap_model(self.task.get_eval_model()), checkpoint, path)

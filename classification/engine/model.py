@@ -20,6 +20,7 @@ from engine import metadata
 from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
 from engine.options.shared import PreprocessingOptions
 from engine.options.train import AveragingOptions, ModelOptions
+from engine.remedies import naming_flags
 from mambavision import create_model, load_checkpoint
 from mambavision.checkpoint import EMA_KEYS, load_weights, read_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
@@ -128,6 +129,7 @@ def model_arguments(options: ModelOptions, classes: list[str] | None) -> dict[st
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+@naming_flags(training=True)
 def build_model(
     options: ModelOptions, averaging: AveragingOptions, arguments: dict[str, Any], splits: int
 ) -> TimmModel:
@@ -184,6 +186,7 @@ class Classifier:
             raise DataError(f"{file}: cannot be decoded ({why_undecodable(error)})") from error
 
 
+@naming_flags()
 def open_classifier(
     options: PreprocessingOptions,
     name: str | None,

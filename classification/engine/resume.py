@@ -9,6 +9,7 @@ from typing import Any
 from engine import metadata, run_folder
 from engine.options import TrainOptions
 from engine.options.train import RunOptions
+from engine.remedies import naming_flags
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, UserError
 from mambavision.running.folder_lock import FolderLock
@@ -63,6 +64,7 @@ def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, dict) else vars(settings)
 
 
+@naming_flags(training=True)
 def find(options: TrainOptions, group: Group, lock: FolderLock | None = None) -> Resumed | None:
     """Return the checkpoint that a command resumes, or None if it starts anew; collective.
 
