@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import ROOT
+from checkout import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

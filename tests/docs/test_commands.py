@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mambavision
-from conftest import ROOT, load_program
+from checkout import ROOT, load_program
 from engine.options import (
     ActivationMapOptions,
     PredictOptions,

@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-from conftest import ROOT
+from checkout import ROOT
 from pages import rows
 
 PAGE = ROOT / "docs" / "environment-variables.md"

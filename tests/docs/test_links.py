@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from conftest import ROOT
+from checkout import ROOT
 from pages import PAGES
 
 

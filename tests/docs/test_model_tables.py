@@ -7,7 +7,7 @@ import torch
 from timm.models import get_pretrained_cfg
 
 import mambavision
-from conftest import ROOT
+from checkout import ROOT
 from mambavision.complexity import complexity
 from pages import rows
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from checkout import ROOT
 
 pytest.importorskip("mkdocstrings")
 pytest.importorskip("material")

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import ROOT
+from checkout import ROOT
 from vision_kernels.backends import Operator
 from vision_kernels.cuda import Library
 

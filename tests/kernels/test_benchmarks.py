@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from checkout import ROOT
 
 
 @pytest.fixture

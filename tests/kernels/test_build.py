@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from checkout import ROOT
 
 INSTALL = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-v", "--target"]
 

@@ -11,15 +11,16 @@ import pytest
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [TESTS, os.path.join(TESTS, "openmmlab")]
 
-from ranks import run_ranks  # noqa: E402
 from test_preempted_runs import TASKS, identical  # noqa: E402
 
-from conftest import ROOT, SETTING, summary, weights  # noqa: E402
-from conftest import identical as same_weights  # noqa: E402
-from engine import run  # noqa: E402
+from checkout import ROOT  # noqa: E402
+from engine import run_folder  # noqa: E402
 from mambavision.checkpoint import read_checkpoint  # noqa: E402
-from mambavision.openmmlab import run as openmmlab  # noqa: E402
+from mambavision.openmmlab.training import resume  # noqa: E402
 from mambavision.running.newest import newest_valid  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+from small_runs import SETTING, summary, weights  # noqa: E402
+from small_runs import identical as same_weights  # noqa: E402
 
 SEEDS = range(4)
 KILLS = 4  # of a run
@@ -64,7 +65,7 @@ def test_killed_classifiers_end_like_undisturbed_ones(classify, undisturbed, tmp
         process.kill()
         process.wait()
         for folder in tmp_path.glob("output/*/one"):
-            if (found := newest_valid(run.checkpoints_in(folder))) is not None:
+            if (found := newest_valid(run_folder.checkpoints_in(folder))) is not None:
                 assert found[1]["epoch"] >= done  # nothing that was there is lost
                 done = found[1]["epoch"]
                 assert len(found[1]["summary"]) == done + (found[1]["next_batch"] is None)
@@ -118,7 +119,7 @@ def test_killed_runs_of_openmmlab_end_like_undisturbed_ones(whole, train, tmp_pa
     work_dir, moments, done = tmp_path / "run", random.Random(seed), -1
     for _ in range(KILLS):
         train(task, work_dir, seconds=moments.uniform(duration / 4, duration))
-        found = newest_valid(openmmlab._checkpoints(work_dir), openmmlab._position)
+        found = newest_valid(resume._checkpoints(work_dir), resume._position)
         if found is not None:
             assert found[1]["meta"]["iter"] >= done
             done = found[1]["meta"]["iter"]

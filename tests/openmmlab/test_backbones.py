@@ -10,11 +10,11 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import nn
 
 import mambavision
-from conftest import SMALL
 from mambavision.errors import CheckpointError, UserError
 from mambavision.openmmlab import MM_VSSM, MM_mamba_vision, RegisteredBackbone
 from mambavision.openmmlab.backbones.features import BackboneArgumentError
 from parity import fill_, image, recorded
+from small_models import SMALL
 
 SIZE = {key: value for key, value in SMALL["mamba_vision_T"].items() if key != "num_classes"}
 SMALL_BACKBONES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import load_program
+from checkout import load_program
 from mambavision.errors import DataError
 from mambavision.openmmlab.data.coco_check import check
 

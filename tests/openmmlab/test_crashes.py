@@ -12,7 +12,7 @@ from mmengine import Config
 from mmengine.logging import MessageHub
 from mmengine.runner.checkpoint import save_checkpoint
 
-from crashes import count_points, killed_after, killed_at
+from crashes import count_points, killed_after, killed_at, point_of
 from mambavision.openmmlab.training import resume
 from mambavision.openmmlab.training.hooks import SafeCheckpointHook
 from mambavision.running.newest import STARTED
@@ -71,31 +71,38 @@ def go_on(work_dir):
     return done
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """How many points a training has at which it can be killed, and its duration."""
-    counted, timed = (tmp_path_factory.mktemp(name) for name in ("counted", "timed"))
-    points = count_points(lambda report: train(counted))
-    begun = time.monotonic()
-    train(timed)
-    return points, time.monotonic() - begun
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_run_killed_at_a_point_of_writing_goes_on(tmp_path, measured, seed):
-    points, _ = measured
-    point = seed * points // 30 + random.Random(seed).randrange(points // 30)
-    was_killed, begun = killed_at(point, lambda report: train(tmp_path, report=report))
+def kill_at_a_point(folder, seed, rounds):
+    work_dir, counted = folder / "killed", folder / "counted"
+    for each in (work_dir, counted):
+        each.mkdir()
+    point = point_of(seed, rounds, count_points(lambda report: train(counted)))
+    was_killed, begun = killed_at(point, lambda report: train(work_dir, report=report))
     assert was_killed
-    assert go_on(tmp_path) >= max(begun, default=0) - 1
+    assert go_on(work_dir) >= max(begun, default=0) - 1
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_run_killed_at_any_time_goes_on(tmp_path, measured, seed):
-    _, duration = measured
-    seconds = random.Random(seed).uniform(0, duration)
-    _, begun = killed_after(seconds, lambda report: train(tmp_path, report=report))
-    assert go_on(tmp_path) >= max(begun, default=0) - 1
+def kill_at_any_time(folder, seed):
+    work_dir, timed = folder / "killed", folder / "timed"
+    for each in (work_dir, timed):
+        each.mkdir()
+    started = time.monotonic()
+    train(timed)
+    seconds = random.Random(seed).uniform(0, time.monotonic() - started)
+    _, begun = killed_after(seconds, lambda report: train(work_dir, report=report))
+    assert go_on(work_dir) >= max(begun, default=0) - 1
+
+
+# Many more rounds are in tests/long/killed_writing.py.
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_run_killed_at_a_point_of_writing_goes_on(tmp_path, seed):
+    kill_at_a_point(tmp_path, seed, rounds=6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_run_killed_at_any_time_goes_on(tmp_path, seed):
+    kill_at_any_time(tmp_path, seed)
 
 
 def checkpoint(path, start=None, **meta):

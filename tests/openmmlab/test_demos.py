@@ -9,7 +9,7 @@ import pytest
 import scene_demo as shared
 from PIL import Image
 
-from conftest import ROOT, load_program
+from checkout import ROOT, load_program
 
 NAMES = {"object_detection": "demo-detection", "semantic_segmentation": "demo-segmentation"}
 

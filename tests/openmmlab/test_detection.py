@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, identical
+from checkout import ROOT
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, OutputError, UserError
 from mambavision.openmmlab.config import load_config
@@ -18,6 +18,7 @@ from mambavision.openmmlab.training.detection import DETECTION
 from mambavision.openmmlab.training.options import TestOptions, TrainOptions
 from mambavision.openmmlab.training.test import test as run_test
 from mambavision.openmmlab.training.train import train as run_train
+from small_runs import identical
 
 TOOLS = ROOT / "object_detection" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_detector.py"

@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from conftest import ROOT
+from checkout import ROOT
 from mambavision.openmmlab.config import load_config
 
 CONFIGS = ROOT / "object_detection" / "configs"

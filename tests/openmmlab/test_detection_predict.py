@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import load_program
+from checkout import load_program
 from mambavision import save_checkpoint
 from mambavision.errors import CheckpointError, DataError, OutputError, UserError
 from mambavision.openmmlab.prediction import detection

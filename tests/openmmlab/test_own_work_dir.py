@@ -3,13 +3,13 @@
 import shutil
 
 import pytest
-from ranks import run_ranks
 from test_preempted_runs import TASKS, data  # noqa: F401
 
-from conftest import ROOT
+from checkout import ROOT
 from mambavision.errors import IO_FAILURE, USAGE
 from mambavision.openmmlab.training.hooks import OwnFolderHook
 from mambavision.running.folder_lock import LOCK, FolderLock
+from ranks import run_ranks
 
 
 @pytest.fixture

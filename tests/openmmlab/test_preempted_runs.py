@@ -6,12 +6,12 @@ from functools import cache
 
 import pytest
 import torch
-from ranks import run_ranks
 
-from conftest import ROOT
+from checkout import ROOT
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, IO_FAILURE, PREEMPTED
 from mambavision.running.record import RECORD
+from ranks import run_ranks
 
 TASKS = {"semantic_segmentation": "small_preempted_segmenter.py", "object_detection": "small_preempted_detector.py"}
 

@@ -11,13 +11,14 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import mambavision
-from conftest import ROOT, SMALL
+from checkout import ROOT
 from mambavision.errors import CheckpointError, UserError
 from mambavision.openmmlab import RegisteredBackbone, SegMANEncoder_s, SegMANEncoder_t
 from mambavision.openmmlab.backbones.features import BackboneArgumentError
 from mambavision.openmmlab.config import explained, load_config
 from mambavision.openmmlab.segman_decoder import SegMANDecoder
 from parity import DATA, condition_, fill_, image
+from small_models import SMALL
 
 SIZE = {key: value for key, value in SMALL["segman_encoder_t"].items() if key not in ("projection", "num_classes")}
 HEAD = {"in_channels": [8, 16, 24, 32], "channels": 8, "feat_proj_dim": 12, "num_classes": 5}

@@ -8,7 +8,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 
-from conftest import ROOT, load_program
+from checkout import ROOT, load_program
 from mambavision.openmmlab.config import load_config
 from mambavision.openmmlab.training.config_steps import for_machine
 from mambavision.openmmlab.training.options import TrainOptions

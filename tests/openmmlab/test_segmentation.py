@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, identical, load_program
+from checkout import ROOT, load_program
 from mambavision.checkpoint import read_checkpoint, save_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
 from mambavision.openmmlab.config import load_config
@@ -21,6 +21,7 @@ from mambavision.openmmlab.training.options import TestOptions, TrainOptions
 from mambavision.openmmlab.training.segmentation import SEGMENTATION
 from mambavision.openmmlab.training.test import test as run_test
 from mambavision.openmmlab.training.train import train as run_train
+from small_runs import identical
 
 TOOLS = ROOT / "semantic_segmentation" / "tools"
 CONFIG = ROOT / "tests" / "openmmlab" / "small_segmenter.py"

@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 
-from conftest import ROOT
+from checkout import ROOT
 from mambavision.openmmlab.config import load_config
 
 CONFIGS = ROOT / "semantic_segmentation" / "configs"

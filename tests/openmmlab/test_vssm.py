@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mambavision
-from conftest import ROOT, SMALL
+from checkout import ROOT
 from mambavision.errors import CheckpointError
 from mambavision.models import VMamba
 from mambavision.openmmlab import MM_VSSM
@@ -18,6 +18,7 @@ from mambavision.openmmlab.backbones.features import BackboneArgumentError
 from mambavision.openmmlab.backbones.vssm import scan_arguments, vmamba_arguments
 from mambavision.openmmlab.config import load_config
 from parity import fill_, image, recorded
+from small_models import SMALL
 
 SIZE = {"dims": 16, "depths": (1, 1, 2, 1)}
 # What all published backbones of detection and segmentation have in common.

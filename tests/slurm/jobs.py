@@ -14,10 +14,11 @@ import pytest
 import torch
 from cluster import Cluster
 
-from conftest import ROOT, SETTING, identical, weights
+from checkout import ROOT
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import BAD_DATA, PREEMPTED
 from mambavision.running.record import RECORD
+from small_runs import SETTING, identical, weights
 
 _SECONDS = 300  # for a job to come to something, on a busy machine
 
@@ -217,8 +218,8 @@ def test_one_failing_process_ends_the_job(job, trained, digits, tmp_path):
 
 def test_an_allocation_is_used(slurm, digits, tmp_path):
     """And three processes score as one does."""
-    from conftest import SMALL
     from mambavision import create_model, save_checkpoint
+    from small_models import SMALL
 
     model = create_model("mamba_vision_T", **SMALL["mamba_vision_T"] | {"num_classes": 3})
     save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "model.pth")

@@ -1,0 +1,1 @@
+"""Checks of the data sets of detection and segmentation."""
