@@ -1,8 +1,8 @@
 """Parameters and multiply-accumulates of a model: ``python -m mambavision.complexity mamba_vision_T --size 224``.
 
-MambaVision's published "FLOPs" are the multiply-accumulates of convolutions and linear layers; the products of attention
-and the scans are counted separately. VMamba's, in a column of their own, are the multiply-accumulates of all products,
-plus 9 for each state of a scan, 5 for each output of a layer norm, and 1 for each value in a global average.
+MambaVision's published "FLOPs" are the multiply-accumulates of convolutions and linear layers; the products of
+attention and the scans are counted separately. VMamba's, in a column of their own, are the multiply-accumulates of all
+products, plus 9 for each state of a scan, 5 for each output of a layer norm, and 1 for each value in a global average.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def _ss2d_by_vmamba(x_shape, projections_shape, dt_weight_shape, dt_bias_shape, 
     return 2 * batch * 4 * dim * height * width * (9 * A_shape[1] + 1 + dt_weight_shape[2])
 
 
-# Operators that VMamba's authors count differently from torch; times two, as torch counts two for a multiply-accumulate.
+# Operators that VMamba's authors count differently; torch counts two operations for a multiply-accumulate.
 _BY_VMAMBA = {
     torch.ops.vision_kernels.selective_scan: _scan_by_vmamba,
     torch.ops.vision_kernels.ss2d: _ss2d_by_vmamba,

@@ -140,7 +140,7 @@ class FeatureMaps(TimmModel):
         if not self.pretrained:  # empty in VMamba's configs, to be set on the command line
             _logger.warning(
                 "the backbone has no pretrained weights: unless a checkpoint is loaded, it starts untrained; for those "
-                "of a classifier, use --cfg-options model.backbone.pretrained=FILE"
+                "of a classifier, set model.backbone.pretrained to its file"
             )
             return
         if timm.is_model(self.pretrained):
@@ -152,7 +152,7 @@ class FeatureMaps(TimmModel):
         missing = [key for key in report.missing if not key.startswith("outnorm")]
         unexpected = [key for key in report.unexpected if not key.startswith(_LEFT_OUT)]
         if missing or unexpected or report.reshaped:
-            raise CheckpointError(f"{self.pretrained}: is of another model than the backbone: {report}.")
+            raise CheckpointError(f"{self.pretrained}: belongs to another model than the backbone: {report}.")
         kind = "averaged (EMA) " if ema else ""
         _logger.info("the backbone starts from the %sweights of %s: %s", kind, self.pretrained, report)
 

@@ -31,7 +31,7 @@ class Pictures:
         given = {source.path.resolve() for source in sources}
         for source in sources:
             if (folder / source.result).resolve() in given:
-                raise UserError(f"--out {folder}: {source.result} there is an input; choose another folder.")
+                raise UserError(f"--out {folder}: would overwrite the input {source.result}; choose another folder.")
 
     def __enter__(self) -> "Pictures":
         self._folder_is_new = not self._folder.exists()
@@ -76,7 +76,7 @@ class Pictures:
         if int(written) != self._frames:
             raise OutputError(
                 f"{self._folder / source.result}: the video cannot be written: the disk is full, or this OpenCV has no "
-                "MPEG-4 encoder; go without pictures (--no-pictures)."
+                "MPEG-4 encoder; free some space, or leave out pictures (--no-pictures)."
             )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
