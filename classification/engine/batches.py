@@ -280,7 +280,7 @@ def build_batches(
     """Create the loaders of train.py.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         data_config: timm's.
         num_classes: Classes of the model.
         train: Training images.

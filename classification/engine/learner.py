@@ -35,7 +35,7 @@ class Learner:
         num_epochs: Length of the schedule, including the cool-down.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         group: All processes.
         model: The model to train, on the group's device.
         batches: Number of batches of this process in an epoch.

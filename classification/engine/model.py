@@ -136,9 +136,9 @@ def build_model(
     """Create the model that train.py trains, with its initial weights.
 
     Args:
-        options: Of the model.
-        averaging: Of the batch statistics.
-        arguments: Of the model's constructor.
+        options: Options of the model.
+        averaging: Options of batch statistics.
+        arguments: Arguments of the model's constructor.
         splits: Augmentation splits of a batch.
     """
     model = create_any(options.model, options.pretrained, arguments)

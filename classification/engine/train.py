@@ -62,7 +62,7 @@ class Trainer:
     """A training run, as seen by one process. Nothing is written before everything is built.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         group: All processes.
         signals: Requests to stop.
         lock: Acquires the run's folder, on the first process. Without it, nothing may be written.

@@ -167,7 +167,7 @@ class Level(Stage):
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, window: int | None) -> None:
         super().__init__(blocks, downsample)
-        self.window = window  # None: the blocks are convolutions and take the map as it is
+        self.window = window  # None for convolution blocks, which take the whole map
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim, H, W) -> same shape."""

@@ -82,7 +82,7 @@ class FourRoutes(nn.Module):
 
 
 class VSSM(FourRoutes):
-    """The scan by itself, as SegMAN uses it.
+    """The bare scan, as SegMAN uses it.
 
     Args:
         dim: Channels of the map; all are scanned, with one state each.

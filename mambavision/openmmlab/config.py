@@ -85,7 +85,7 @@ def explained(source: str | Path) -> Iterator[None]:
     """Turn errors that a config's mistakes raise while its parts are built into a UserError; others pass unchanged.
 
     Args:
-        source: Names the config in messages.
+        source: Name of the config in error messages.
     """
     try:
         yield

@@ -36,7 +36,7 @@ class FiniteGuard:
         """Raise unless losses and gradients of all processes are finite; collective, before the step.
 
         Args:
-            gradients: Of this process; not needed with a loss scale.
+            gradients: Gradients of this process; not needed with a loss scale.
             also: A flag that is reduced in the same collective.
             has_loss_scale: A loss scale handles overflow: it skips the step if a loss or gradient is not finite.
 

@@ -48,7 +48,7 @@ launch() { # launch PROGRAM [ARGUMENT ...]: replaces this shell, so that signals
 
     local shape=(--nodes="$nodes" --ntasks-per-node="$processes")
     ((gpus == 0)) || shape+=(--gres=gpu:"$gpus")
-    [[ -z ${CPUS:-} ]] || shape+=(--cpus-per-task="$CPUS") # to srun too, which does not take it from the job
+    [[ -z ${CPUS:-} ]] || shape+=(--cpus-per-task="$CPUS") # also for srun, which does not inherit it from the job
     local step=(srun "${shape[@]}" --kill-on-bad-exit=1 --label "$python" -u "$@")
     [[ -z ${SLURM_JOB_ID:-} ]] || exec "${step[@]}"
     # shellcheck disable=SC2086 # SBATCH_OPTIONS is a list of words

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a log line now and then otherwise."""
+"""Progress: a bar on a terminal, otherwise occasional log lines."""
 
 import logging
 import sys
@@ -20,10 +20,10 @@ class ProgressLine:
     """Progress of one pass over data.
 
     Args:
-        name: Of the pass.
+        name: Name of the pass.
         total: Number of steps.
         interval: Steps between log lines.
-        done: Steps that were done before.
+        done: Steps completed earlier.
         log_end: Log the last step as well.
     """
 

@@ -35,7 +35,7 @@ class StopSignals:
     Signals that the program ignores stay ignored.
 
     Attributes:
-        received: Whether a signal has arrived.
+        received: True once a signal has arrived.
 
     Raises:
         UserError: On entering, if a variable that is needed after a signal is invalid.
@@ -104,8 +104,8 @@ def end_preempted(group: Group, folder: Path, advice: str) -> NoReturn:
 
     Args:
         group: All processes of the run.
-        folder: Of the run.
-        advice: How to resume by hand.
+        folder: Folder of the run.
+        advice: Advice on resuming manually, for the message.
     """
     for number in STOP_SIGNALS:  # Slurm sends more of them to a job that it requeues
         signal.signal(number, signal.SIG_IGN)

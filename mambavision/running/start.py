@@ -1,7 +1,7 @@
 """Start a program as several processes on this machine: python start.py PROCESSES PROGRAM [ARGUMENT ...]
 
 The processes find each other as under torchrun, through RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-Unlike torchrun, this program forwards signals and waits until the processes have handled them, and exits with the status
+Unlike torchrun, this program forwards signals, waits until the processes have handled them, and exits with the status
 of the process that failed first. To start on several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
 """
 
@@ -33,8 +33,7 @@ def main() -> int:
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": os.environ["MASTER_ADDR"] if nodes > 1 else "127.0.0.1",
         "MASTER_PORT": os.environ.get("PORT") or 29500 if nodes > 1 else _free_port(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
-        or 1,  # as under torchrun: each process would use all cores
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or 1,  # as under torchrun: each would use all cores
     }
     processes: list[subprocess.Popen] = []
     early: list[int] = []  # signals received before all processes were started

@@ -198,7 +198,7 @@ def other_ground_truth(data):
         (set_text("[]"), r"train\.json: has no list of images; it must be in COCO's format"),
         (remove("images"), r"train\.json: has no images"),
         (remove("annotations"), r"train\.json: has no annotations"),
-        (rename, r"has no category 'kite', .* Did you mean 'kit'\? It has cat, dog, kit: name these"),
+        (rename, r"has no category 'kite', .* Did you mean 'kit'\? It has cat, dog, kit; set these"),
         (no_classes, r"has no category 'person'.* \(nor 7\d others\)"),
         (one_class_without_comma, r"classes is the string 'cat': write \('cat',\)"),
         (swap, r"in another order or twice.* list them in this order: 'kite', 'dog', 'cat'\.$"),
@@ -258,8 +258,8 @@ WRONG_VALUES = [
     ("annotations", "bbox", [1, float("nan"), 9, 9], r"\[1, NaN, 9, 9\]; it must be \[x, y, width, height\]"),
     ("images", "width", None, "null; it must be a finite number"),
     ("images", "height", "30", '"30"; it must be a finite number'),
-    ("images", "file_name", 7, "7; it must be a text"),
-    ("categories", "name", 3, "3; it must be a text"),
+    ("images", "file_name", 7, "7; it must be a string"),
+    ("categories", "name", 3, "3; it must be a string"),
 ]
 
 
@@ -330,7 +330,7 @@ def test_data_without_objects_are_not_good(tool, data, capsys, change):
     change(data)
     with pytest.raises(DataError, match="problem"):
         run(tool, data, *OWN)
-    assert "train.json: no object that MMDetection would read\n" in capsys.readouterr().out
+    assert "train.json: no object that MMDetection would use\n" in capsys.readouterr().out
 
 
 def test_segmentation_is_left_to_the_config(tool, data, capsys):

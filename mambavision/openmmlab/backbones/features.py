@@ -187,8 +187,8 @@ def sort_arguments(
         backbone: The class, for its name and parameters in messages.
         given: Keyword arguments that are not parameters of the backbone.
         own: Names of the model's arguments.
-        consequence: What dropping inherited arguments means, for the log.
-        survivors: Names that are kept even if they are inherited.
+        consequence: Effect of dropping inherited arguments, for the log.
+        survivors: Arguments that are kept even if they are inherited.
 
     Raises:
         BackboneArgumentError: An argument is unknown; names the nearest one.

@@ -16,7 +16,7 @@ class RegisteredBackbone(FeatureMaps):
 
     Args:
         name: Registered name, as for `mambavision.create_model`.
-        pretrained: As for `FeatureMaps`; True means the released weights of `name`.
+        pretrained: See `FeatureMaps`; True for the released weights of `name`.
         others: Options of `FeatureMaps`; all others are arguments of the model, for example ``drop_path_rate``.
     """
 

@@ -104,8 +104,8 @@ class OwnFolderHook(Hook):
     """Adds the start's number to checkpoints, and prevents writing if the run's folder was deleted.
 
     Args:
-        start: See `mambavision.running.newest.new_start_number`.
-        lock: Of the folder.
+        start: Number of the start, see `mambavision.running.newest.new_start_number`.
+        lock: Lock of the folder.
     """
 
     def __init__(self, start: float, lock: FolderLock) -> None:
