@@ -1,7 +1,7 @@
 """Adapter to OpenMMLab, to be imported before mmcv.ops.
 
-Configs import it by ``custom_imports = dict(imports=["mambavision.openmmlab"])``. The import registers the backbones and
-calls `mambavision.openmmlab.adaptation.adapt`, the only function that changes the behaviour of OpenMMLab's own modules.
+Configs import it by ``custom_imports = dict(imports=["mambavision.openmmlab"])``. The import registers the backbones
+and calls `mambavision.openmmlab.adaptation.adapt`, the only function that changes the behaviour of OpenMMLab's modules.
 """
 
 from mambavision.openmmlab.adaptation import adapt
