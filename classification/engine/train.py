@@ -59,13 +59,13 @@ def train(options: TrainOptions) -> None:
 
 
 class Trainer:
-    """A training run, as seen by one process. Nothing is written before everything is built.
+    """The part of a training run in one process. Nothing is written until everything is built.
 
     Args:
         options: Options of train.py.
         group: All processes.
         signals: Requests to stop.
-        lock: Acquires the run's folder, on the first process. Without it, nothing may be written.
+        lock: Locks the run's folder, on the first process. Without it, nothing may be written.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from mambavision.running.ranges import check_ranges
 
 
 def test(options: TestOptions, task: Task) -> None:
-    """Score a checkpoint as a config says."""
+    """Score a checkpoint according to a config."""
     check_ranges(vars(options))
     collect_log()
     config = load_config(options.config, options.cfg_options)

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def train(options: TrainOptions, task: Task) -> None:
-    """Train as a config says."""
+    """Train according to a config."""
     check_ranges(vars(options))
     collect_log()
     config = load_config(options.config, options.cfg_options)
