@@ -85,9 +85,7 @@ class TrainLoader:
     """
 
     def __init__(self, loader: DataLoader | PrefetchLoader, images: ImageData | None) -> None:
-        self.loader = loader
-        self._dataset: Any = loader.dataset
-        self._sampler: Any = loader.sampler  # an EpochSampler, except for streams
+        self.loader: Any = loader  # its data set and sampler have more methods than torch's types
         self._images = images
 
     def __len__(self) -> int:
@@ -96,17 +94,17 @@ class TrainLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (images, targets) of an epoch, starting at `first_batch`."""
         if self._images is None:  # a stream counts epochs itself and can only be read from its start
-            self._dataset.set_epoch(epoch)
+            self.loader.dataset.set_epoch(epoch)
             yield from islice(self.loader, first_batch, None)
         else:
-            self._sampler.set_epoch(epoch, first_batch)
+            self.loader.sampler.set_epoch(epoch, first_batch)
             yield from self.loader
 
     def sample_names(self, epoch: int, batch: int) -> list[str]:
         """Return the file names of the images in a batch, as far as they are known."""
         if self._images is None:
             return [f"batch {batch} of the stream"]
-        return [_name(self._images, index) for index in self._sampler.indices(epoch, batch)]
+        return [_name(self._images, index) for index in self.loader.sampler.indices(epoch, batch)]
 
     def stop_mixup(self) -> None:
         """Switch off mixup in the collate function; workers must be restarted to notice."""

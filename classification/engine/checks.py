@@ -72,9 +72,8 @@ def _check_sharding(options: TrainOptions, group: Group) -> None:
     if not options.averaging.fsdp:
         return
     problems = {
-        "needs several processes to shard the model: start them (see docs/guides/distributed.md), or drop it.": (
-            not group.is_distributed
-        ),
+        "shards the model across processes, and there is only one: start several (docs/guides/distributed.md) or drop "
+        "it.": (not group.is_distributed),
         "needs bfloat16 in mixed precision, because processes could not agree on a loss scale: add --bfloat.": (
             options.run.amp and not options.run.bfloat
         ),
