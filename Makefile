@@ -49,9 +49,10 @@ bench: $(READY)  ## Measure the kernels and models on this machine's CPU
 bench-gpu: $(READY)  ## Build, check and measure the kernels and models on this machine's GPU
 	PYTHON=$(BIN)/python bash kernels/benchmarks/gpu.sh output/gpu
 
-lint: $(READY)  ## Check style and formatting
+lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(READY)  ## Fix style and formatting as far as possible
 	$(BIN)/ruff check --fix .
@@ -61,7 +62,7 @@ docs: $(READY)  ## Build the documentation into output/site; a broken link or re
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## Remove the environment and caches, but not output/
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(READY): requirements.txt pyproject.toml setup.py kernels/setup.py $(wildcard kernels/csrc/* kernels/csrc/*/*) .packaging/opencv-python/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python from 3.10 to 3.13 found; name one: make PYTHON=/path/to/python"; exit 1; }

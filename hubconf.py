@@ -12,7 +12,7 @@ dependencies = ["torch", "timm", "safetensors", "huggingface_hub"]
 
 
 def _import_vision_kernels() -> None:
-    """Import vision_kernels from this checkout, where it does not lie at the top, as torch.hub expects it to."""
+    """Import vision_kernels from this checkout; it is not at the top level, where torch.hub would find it."""
     folder = Path(__file__).parent / "kernels" / "vision_kernels"
     spec = importlib.util.spec_from_file_location("vision_kernels", folder / "__init__.py")
     sys.modules["vision_kernels"] = module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
-"""Reading every layout of weights that the originals wrote, safely, and writing checkpoints.
+"""Safe reading of checkpoints in any layout of the original projects, and atomic writing.
 
-Pickles are read by `mambavision.unpickling`, which runs nothing that they name. Only if a caller says that a file is
-trusted, it is read by torch's own unpickler without restriction.
+Pickles are read by `mambavision.unpickling`, which never calls what they name. torch's own unpickler, which does, reads
+files that the caller trusts.
 """
 
 import io
@@ -20,18 +20,19 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from mambavision import unpickling
-from mambavision.errors import CheckpointError
+from mambavision.errors import CheckpointError, DenseModelError, OtherClassesError, UntrustedContentError
 from mambavision.files import replacing
+from mambavision.timm_model import TimmModel
 from mambavision.unpickling import RefusedError
 
 _logger = logging.getLogger(__name__)
 
-# Where checkpoints keep weights, in the order in which the originals look.
+# Keys of weights in checkpoints, in the order in which the originals look for them.
 WEIGHT_KEYS = ("state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema")
 
-# In front of the model's own keys: DistributedDataParallel, torch.compile, the hub's classification class, an encoder
-# with its decoder, an OpenMMLab detector or segmentor.
+# Prefixes of the model's own keys, added by DistributedDataParallel, torch.compile, the hub's classification class, a
+# model with encoder and decoder, or an OpenMMLab detector or segmentor.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 
 
@@ -40,14 +41,14 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
 
     Args:
         path: A safetensors file, or anything written by ``torch.save``.
-        trust: Unpickle without restriction. That lets the file run any code: only for files whose author you trust.
+        trust: Unpickle without restriction. This lets the file run any code: use it for trusted files only.
 
     Returns:
         The dictionary in the file.
 
     Raises:
-        CheckpointError: The file is missing, truncated, not a checkpoint at all, or holds objects that are not
-            admitted.
+        CheckpointError: The file is missing, damaged or not a checkpoint.
+        UntrustedContentError: The file contains objects other than weights and plain settings.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,18 +63,19 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
     except CheckpointError:
         raise
     except RefusedError as error:
-        is_dense = str(error).startswith("mmengine.")
-        kind = "is of a detector or segmentor, for tools/test.py of its task; here it is " if is_dense else ""
-        raise CheckpointError(
-            f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({error}); "
-            "if you trust its author, read it with trust=True (in classification: --trust-checkpoint)."
+        found = str(error)
+        kind = "belongs to a detector or segmentor, and is " if found.startswith("mmengine.") else ""
+        raise UntrustedContentError(
+            f"{path}: {kind}refused, because it holds objects other than weights and plain settings ({found}); "
+            "if you trust its author, read it with trust=True.",
+            found,
         ) from error
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: holds objects of {error.name}, which is not installed; without trust=True (--trust-checkpoint), "
-            "weights and plain settings are read without it."
+            f"{path}: holds objects of {error.name}, which is not installed; install it, or read the file without "
+            "trust, which needs weights and plain settings only."
         ) from error
-    except Exception as error:  # whatever a reader comes to in a damaged file
+    except Exception as error:  # damaged files raise any error
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint, probably truncated or damaged ({_first_sentence(error)}); "
             "download or copy it again."
@@ -84,16 +86,16 @@ def read_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[str, A
 
 
 def read_outline(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Read what a file of ``torch.save`` holds besides the data of its tensors: to compare files without reading all.
+    """Read a file of ``torch.save`` without the data of its tensors, to compare files quickly.
 
-    That a file has an outline does not mean that its tensors are whole.
+    The data of the tensors may be damaged nevertheless.
 
     Returns:
-        The dictionary in the file, its tensors on the meta device; None if the file cannot be read as a checkpoint.
+        The dictionary in the file, with tensors on the meta device; None if the file cannot be read as a checkpoint.
     """
     try:
         content = unpickling.load(Path(path), with_data=False)
-    except Exception:  # whatever a reader comes to in a damaged file; `read_checkpoint` says what is wrong
+    except Exception:  # damaged files raise any error; `read_checkpoint` explains it
         return None
     return content if isinstance(content, dict) else None
 
@@ -116,11 +118,11 @@ def _refuse_other_content(path: Path, head: bytes) -> None:
         raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`.")
     if head[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path}: is a tar archive, as the first versions of PyTorch wrote; load it in PyTorch and save it again."
+            f"{path}: is a tar archive, the format of the first versions of PyTorch; load and save it with PyTorch."
         )
     # A zip archive or a pickle by torch.save, or safetensors.
     if not (head.startswith((b"PK", b"\x80")) or _is_safetensors(head)):
-        raise CheckpointError(f"{path}: is not a checkpoint; give a file of weights (.pth.tar, .pth or .safetensors).")
+        raise CheckpointError(f"{path}: is not a checkpoint; give a weight file (.pth.tar, .pth or .safetensors).")
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -128,7 +130,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Return what is wrong, without the advice about torch.load that follows in torch's messages."""
+    """Return the first sentence of an error; torch's messages continue with advice about torch.load."""
     return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
@@ -139,11 +141,11 @@ def extract_state_dict(
 
     Args:
         checkpoint: Content of a checkpoint: weights under ``state_dict`` or ``model``, or the weights themselves.
-        ema: Take the exponential moving average of the weights instead.
-        source: Name of the checkpoint for messages.
+        ema: Return the exponential moving average of the weights instead.
+        source: Name of the checkpoint in error messages.
 
     Raises:
-        CheckpointError: No weights there, or no average when it is asked for.
+        CheckpointError: There are no weights, or no averaged weights if `ema` is set.
     """
     if ema:
         found = next((checkpoint[key] for key in EMA_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
@@ -156,28 +158,31 @@ def extract_state_dict(
         raise CheckpointError(f"{source}: has no weights inside; its entries are {_some(checkpoint)}.")
     nameless = next((key for key in state_dict if not isinstance(key, str)), None)
     if nameless is not None:
-        raise CheckpointError(f"{source}: has weights without names ({nameless!r}), so it is of no model.")
+        raise CheckpointError(f"{source}: has weights without names ({nameless!r}), so it belongs to no model.")
     return state_dict
 
 
 def in_layout_of(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries below the prefix of wrappers or larger models under which most keys are those of a model.
+    """Return weights under the names of a model, without the prefixes of wrappers and larger models.
+
+    Of all prefixes in the file, the one under which most names belong to the model is removed; entries without it are
+    dropped.
 
     Args:
-        model: Whose keys they are to be. Its `convert_state_dict`, if it has one, translates from other layouts.
-        state_dict: Weights as found in a file.
+        model: The model. Its `convert_state_dict`, if it has one, translates from other layouts.
+        state_dict: Weights as in the file.
     """
     own = model.state_dict().keys()
     convert = getattr(model, "convert_state_dict", lambda entries: entries)
     candidates = ((prefix, convert(entries)) for prefix, entries in _below_prefixes(state_dict))
     prefix, below = max(candidates, key=lambda candidate: len(own & candidate[1].keys()))
     if left_out := len(state_dict) - len(below):
-        _logger.info("took the %d entries below %r and left out %d others", len(below), prefix, left_out)
+        _logger.info("using the %d entries below %r, ignoring %d others", len(below), prefix, left_out)
     return below
 
 
 def _below_prefixes(state_dict: dict[str, Tensor], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every chain of prefixes, the empty one first, and the entries below it without it."""
+    """Yield every chain of prefixes, starting with the empty one, and the entries below it under their own names."""
     yield path, state_dict
     for prefix in _PREFIXES:
         below = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -187,7 +192,7 @@ def _below_prefixes(state_dict: dict[str, Tensor], path: str = "") -> Iterator[t
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_checkpoint` did: names of entries that found no counterpart."""
+    """Result of `load_checkpoint`: the number of loaded entries, and the names of the others."""
 
     loaded: int
     missing: tuple[str, ...]  # in the model, not in the file
@@ -211,23 +216,25 @@ def load_checkpoint(
     skip_head: bool = False,
     trust: bool = False,
 ) -> LoadReport:
-    """Load weights into a model; nothing is changed unless all of them fit.
+    """Load weights into a model, which stays unchanged unless all of them fit.
 
     Args:
         model: The model, built with the same hyper-parameters as the one in the file.
-        path: Checkpoint in any layout the originals wrote: weights under ``state_dict`` or ``model`` or bare; keys
-            prefixed with ``module.``, ``encoder.`` or the hub's ``model.``; torch.save or safetensors.
-        strict: Every key of the model must be in the file and the other way round. If False, whatever fits in name
-            and shape is loaded.
+        path: Checkpoint in any layout of the originals: weights under ``state_dict`` or ``model`` or at the top level;
+            names with the prefix ``module.``, ``encoder.`` or the hub's ``model.``; torch.save or safetensors.
+        strict: Require the same names and shapes in file and model. If False, load the entries that fit.
         ema: Load the averaged weights (``state_dict_ema``).
         skip_head: Keep the model's own classifier, for a different number of classes.
-        trust: See `read_checkpoint`.
+        trust: Unpickle without restriction, see `read_checkpoint`.
 
     Returns:
-        What was loaded and what was not.
+        The number of loaded entries, and the names of those that do not fit.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit.
+        UntrustedContentError: The file contains objects other than weights and plain settings.
+        OtherClassesError: Only the number of classes differs.
+        DenseModelError: The file belongs to a detector or segmentor, and the model is a classifier.
     """
     return load_weights(model, read_checkpoint(path, trust), str(path), strict=strict, ema=ema, skip_head=skip_head)
 
@@ -241,16 +248,16 @@ def load_weights(
     ema: bool = False,
     skip_head: bool = False,
 ) -> LoadReport:
-    """Do what `load_checkpoint` does with the content of a file read before; `source` names it in messages."""
+    """Load weights as `load_checkpoint` does, from the content of a file; `source` names it in error messages."""
     found = extract_state_dict(checkpoint, ema, source)
     return _load(model, found, in_layout_of(model, found), source, strict=strict, skip_head=skip_head)
 
 
-def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
+def load_pretrained(model: TimmModel, path: str | os.PathLike) -> LoadReport:
     """Load released weights into a model that may have other classes or input channels.
 
-    The classifier is left at its initialisation when the number of classes differs, and the first convolution is
-    averaged or repeated over channels as timm does.
+    The classifier keeps its initial weights if the number of classes differs. The weights of the first convolution are
+    averaged or repeated over the channels as in timm.
     """
     config = model.pretrained_cfg
     found = extract_state_dict(read_checkpoint(path), source=str(path))
@@ -262,7 +269,7 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> LoadReport:
     new_head = model.num_classes != config["num_classes"]
     if new_head:
         _logger.warning(
-            "released weights are for %d classes: the classifier for %d starts untrained",
+            "the released weights are for %d classes: the classifier for %d classes starts untrained",
             config["num_classes"],
             model.num_classes,
         )
@@ -278,14 +285,14 @@ def _load(
     strict: bool,
     skip_head: bool,
 ) -> LoadReport:
-    """Load what was found in a file; `state_dict` is that in the layout of the model."""
+    """Load weights: `found` with the names of the file, `state_dict` with those of the model."""
     own = model.state_dict()
     head = _head_keys(model)
-    # Training with --split-bn adds norm layers for augmented images, which nothing needs afterwards.
+    # timm's split batch norms have further layers for augmented images, which only training needs.
     state_dict = {key: value for key, value in state_dict.items() if key in own or ".aux_bn." not in key}
     if skip_head:
         state_dict = {key: value for key, value in state_dict.items() if key not in head}
-    # Files of old torch versions have no batch counters; they play no part in the numbers.
+    # Files of old torch versions have no batch counters, which do not affect outputs.
     expected = [key for key in own if not key.endswith("num_batches_tracked") and not (skip_head and key in head)]
     fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
     report = LoadReport(
@@ -296,12 +303,11 @@ def _load(
     )
     if strict and (report.missing or report.unexpected or report.reshaped):
         if head <= own.keys() and (others := _dense_parts(found)):
-            raise CheckpointError(
-                f"{source}: is of a detector or segmentor ({others} beside its backbone), not of a classifier; score "
-                "it with tools/test.py of its task, or take its backbone alone with strict=False (train.py "
-                "--loadcheckpoint)."
+            raise DenseModelError(
+                f"{source}: belongs to a detector or segmentor ({others} beside its backbone), not to a classifier; "
+                "load its backbone alone with strict=False."
             )
-        raise CheckpointError(f"{source}: {_why_not(report, own, state_dict, head)}")
+        raise _misfit(report, own, state_dict, head, source)
     if not fitting:
         raise CheckpointError(f"{source}: none of its {len(state_dict)} entries fits the model.")
     check_values(model, fitting, source)
@@ -310,12 +316,12 @@ def _load(
 
 
 def check_values(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Raise a CheckpointError for entries that a model's own of the same names cannot take, or whose numbers are none.
+    """Raise a CheckpointError for weights of an incompatible type, or with numbers that are not finite.
 
     Args:
         model: The model.
         state_dict: Entries that fit it in name and shape.
-        source: Names the checkpoint in messages.
+        source: Name of the checkpoint in error messages.
     """
     parameters = {name for name, _ in model.named_parameters()}
     broken = []
@@ -327,7 +333,7 @@ def check_values(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             raise CheckpointError(f"{source}: cannot be loaded into a model on the meta device; create it on another.")
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             kind = "is on the meta device" if value.is_meta else "is sparse or quantized"
-            raise CheckpointError(f"{source}: {key} {kind}, and the model needs its plain values; save those.")
+            raise CheckpointError(f"{source}: {key} {kind}, but the model needs dense values; save those instead.")
         if value.is_complex() != own.is_complex() or value.is_floating_point() != own.is_floating_point():
             raise CheckpointError(f"{source}: {key} holds {value.dtype} numbers, and the model {own.dtype} ones.")
         # A mask among the buffers may be infinite.
@@ -335,13 +341,13 @@ def check_values(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             broken.append(key)
     if broken:
         raise CheckpointError(
-            f"{source}: {len(broken)} of its weights are not finite ({_some(broken)}), so its outputs mean nothing; "
-            "take a checkpoint from before that."
+            f"{source}: {len(broken)} of its weights are not finite ({_some(broken)}), so its outputs would not be "
+            "either; use an earlier checkpoint."
         )
 
 
 def _is_sound(value: Tensor, may_be_infinite: bool) -> bool:
-    # 8-bit floats have no such test of their own.
+    # torch has no isfinite for 8-bit floats.
     value = value.float() if value.itemsize == 1 else value
     return not bool((value.isnan() if may_be_infinite else ~value.isfinite()).any())
 
@@ -352,20 +358,26 @@ def _head_keys(model: nn.Module) -> set[str]:
 
 
 def _dense_parts(found: dict[str, Tensor]) -> str:
-    """Return what a detector or segmentor has beside its backbone; empty if the weights are of neither."""
+    """Return the parts of a detector or segmentor beside its backbone; empty for other models."""
     parts = list(dict.fromkeys(key.split(".")[0] for key in found))
     others = [part for part in parts if part == "neck" or part.endswith("_head")]
     return ", ".join(others) if "backbone" in parts else ""
 
 
-def _why_not(report: LoadReport, own: dict[str, Tensor], state_dict: dict[str, Tensor], head: set[str]) -> str:
-    if report.reshaped and set(report.reshaped) <= head and not (report.missing or report.unexpected):
+def _misfit(
+    report: LoadReport, own: dict[str, Tensor], state_dict: dict[str, Tensor], head: set[str], source: str
+) -> CheckpointError:
+    """Return the error for weights that do not fit a model with the weights `own`."""
+    if set(report.reshaped) <= head and not (report.missing or report.unexpected):
         theirs, ours = (weights[report.reshaped[0]].shape[0] for weights in (state_dict, own))
-        return (
-            f"its classifier has {theirs} classes, the model has {ours}; build the model with num_classes={theirs} "
-            f"(--num-classes {theirs}), or keep the model's own classifier with skip_head=True (train.py --skip-head)."
+        return OtherClassesError(
+            f"{source}: its classifier has {theirs} classes, the model has {ours}; build the model with "
+            f"num_classes={theirs}, or keep the model's own classifier with skip_head=True.",
+            theirs,
         )
-    return f"is of another model: {report}; the file has {len(state_dict)} entries, the model {len(own)}."
+    return CheckpointError(
+        f"{source}: belongs to another model: {report}; the file has {len(state_dict)} entries, the model {len(own)}."
+    )
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:
@@ -374,13 +386,15 @@ def _some(names: Iterable[str], count: int = 3) -> str:
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint so that `path` always holds a complete file: the previous one or the new one.
+    """Write a checkpoint atomically: `path` always contains a complete file, the previous one or the new one.
 
-    Weights only (a flat dictionary of tensors) and a path ending in ``.safetensors`` give a safetensors file, anything
-    else one for ``torch.load``.
+    Args:
+        checkpoint: Content of the file.
+        path: A name that ends in ``.safetensors`` selects that format, for a flat dictionary of tensors; any other
+            name selects ``torch.save``.
 
     Raises:
-        OutputError: The file cannot be written; names the path and the reason. Nothing is left behind.
+        OutputError: The file cannot be written; no partial file remains.
     """
     write = _write_safetensors if str(path).endswith(".safetensors") else torch.save
     with replacing(path) as file:

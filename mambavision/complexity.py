@@ -1,9 +1,8 @@
 """Parameters and multiply-accumulates of a model: ``python -m mambavision.complexity mamba_vision_T --size 224``.
 
-The published "FLOPs" of MambaVision are multiply-accumulates of convolutions and linear layers; the products of
-attention and the scans are counted beside them. Those of VMamba, in a column of their own, are the multiply-accumulates
-of all products, and with them 9 for each state of a scan, 5 for each number that a layer norm gives, and 1 for each
-that is averaged.
+MambaVision's published "FLOPs" are the multiply-accumulates of convolutions and linear layers; the products of
+attention and the scans are counted separately. VMamba's, in a column of their own, are the multiply-accumulates of all
+products, plus 9 for each state of a scan, 5 for each output of a layer norm, and 1 for each value in a global average.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from mambavision.factory import create_model, expand_model_name
 from mambavision.running.program import run_cli
 from mambavision.running.ranges import check_ranges
 
-# What convolutions and linear layers call.
+# Operators of convolutions and linear layers.
 _LAYERS = ("aten.convolution", "aten.mm", "aten.addmm", "vision_kernels.conv1d_silu")
 _SCANS = ("vision_kernels.selective_scan", "vision_kernels.ss2d")
 
@@ -31,12 +30,12 @@ def _scan_by_vmamba(u_shape, delta_shape, A_shape, *args, **kwargs) -> int:
 
 
 def _ss2d_by_vmamba(x_shape, projections_shape, dt_weight_shape, dt_bias_shape, A_shape, *args, **kwargs) -> int:
-    """Four scans, and the products that give their step sizes."""
+    """Four scans, and the products that compute their step sizes."""
     batch, dim, height, width = x_shape
     return 2 * batch * 4 * dim * height * width * (9 * A_shape[1] + 1 + dt_weight_shape[2])
 
 
-# What VMamba's authors count otherwise than torch, times two, as torch counts two for a multiply-accumulate.
+# Operators that VMamba's authors count differently; torch counts two operations for a multiply-accumulate.
 _BY_VMAMBA = {
     torch.ops.vision_kernels.selective_scan: _scan_by_vmamba,
     torch.ops.vision_kernels.ss2d: _ss2d_by_vmamba,
@@ -52,12 +51,17 @@ class Complexity:
     params: int
     gmacs: float  # convolutions and linear layers
     gmacs_attention: float  # products of attention
-    gmacs_scan: float  # scans, half their operations
-    gflops_vmamba: float  # of everything, as the authors of VMamba count
+    gmacs_scan: float  # scans: half their operations
+    gflops_vmamba: float  # everything, as VMamba's authors count it
 
 
 def complexity(model: nn.Module, input_size: tuple[int, int, int]) -> Complexity:
-    """Count for one image of (channels, height, width). Runs on shapes alone: no memory, no time."""
+    """Count the parameters and operations of a model for one image, from shapes alone.
+
+    Args:
+        model: Any model; it may be on the meta device.
+        input_size: Channels, height and width of the image.
+    """
     tensors = chain(model.named_parameters(), model.named_buffers())
     weights = {name: tensor.to("meta") for name, tensor in tensors}
     was_training = model.training

@@ -4,7 +4,7 @@ USAGE, BAD_DATA, IO_FAILURE, PREEMPTED = 2, 65, 74, 75  # exit statuses; all but
 
 
 class UserError(Exception):
-    """A request that cannot be fulfilled; the message names it and the remedy."""
+    """A request that cannot be fulfilled; the message says what is wrong and how to fix it."""
 
     exit_status = USAGE
 
@@ -23,6 +23,34 @@ class CheckpointError(UserError):
     """A weight file that cannot be read or does not fit the model."""
 
     exit_status = BAD_DATA
+
+
+class UntrustedContentError(CheckpointError):
+    """A weight file with objects that are read from trusted files only.
+
+    Attributes:
+        found: Qualified name of the first such object.
+    """
+
+    def __init__(self, message: str, found: str = "") -> None:
+        super().__init__(message)
+        self.found = found
+
+
+class OtherClassesError(CheckpointError):
+    """Weights whose classifier has another number of classes than the model's.
+
+    Attributes:
+        classes: Number of classes in the file.
+    """
+
+    def __init__(self, message: str, classes: int = 0) -> None:
+        super().__init__(message)
+        self.classes = classes
+
+
+class DenseModelError(CheckpointError):
+    """Weights of a detector or segmentor where a classifier's are needed."""
 
 
 class NonFiniteError(UserError):

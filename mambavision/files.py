@@ -2,33 +2,34 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from mambavision.errors import OutputError
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the usual form for a module that may be missing
 
 _TEMPORARY = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")  # see `_open_temporary`
-_ONLY_OF_RUNS = re.compile(r"\..+\.\d+(-[0-9a-f]{8}\.link)?\.tmp")  # see `link`; without it, of earlier versions
-_MOST_BYTES_OF_NAME = 100  # in the name of a temporary file, so that it is never too long
+_UNLOCKED_TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{8}\.link)?\.tmp")  # see `link`; also of earlier versions
+_MAX_NAME_BYTES = 100  # of the target, in the name of a temporary file
 
 _open: set[str] = set()  # names of the temporary files that this process is writing
-_swept: set[Path] = set()  # folders where this process has removed what killed ones left
+_swept: set[Path] = set()  # folders in which this process has removed abandoned files
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise an OutputError if `replacing` could not write `path`: before long work instead of after it.
+    """Raise an OutputError if `replacing` could not write `path`; to be called before long work.
 
-    Tries it, as permissions do not tell everything, in the nearest folder that exists. Nothing is left behind.
+    Permissions are not sufficient to decide this, so a temporary file is created in the nearest existing folder.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -44,12 +45,15 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike):
-    """Open a temporary binary file that takes the place of `path` only once it is complete and on disk.
+def replacing(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
+    """Open a temporary binary file that replaces `path` once it is complete and on disk.
 
-    Processes and threads may write the same path at once: the last to be complete stays. What processes that were
-    killed have left in the folder is removed when a process first writes there. A link stays a link, and devices and
-    pipes, such as ``/dev/stdout``, are written as they are: nothing may take their place.
+    Several processes and threads may write the same path: the last one to finish wins. The first write to a folder
+    removes the temporary files of killed processes. Symbolic links are kept, and devices and pipes, such as
+    ``/dev/stdout``, are written directly.
+
+    Raises:
+        OutputError: The file cannot be written; no partial file remains.
     """
     path = Path(path)
     temporary = None
@@ -66,9 +70,9 @@ def replacing(path: str | os.PathLike):
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is None:  # Windows renames no open file
+            if fcntl is None:  # Windows cannot rename open files
                 file.close()
-            os.replace(temporary, path)  # still locked: no other process takes it for abandoned
+            os.replace(temporary, path)  # while it is locked, so that no other process removes it as abandoned
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
         failure = _os_error_behind(error)
@@ -82,12 +86,12 @@ def replacing(path: str | os.PathLike):
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is a device, a pipe or the like."""
+    """Return True for devices, pipes and the like."""
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` (a copy where links are impossible), in one step."""
+    """Atomically make `target` a hard link to `source`, or a copy where links are not supported."""
     temporary = _beside(target, ".link")
     try:
         try:
@@ -105,26 +109,27 @@ def link(source: Path, target: Path) -> None:
 
 
 def remove_temporaries(folder: Path, own: bool = True) -> None:
-    """Remove the unfinished files that `replacing` left in a folder when its process was killed.
+    """Remove the temporary files that killed processes have left in a folder.
 
-    Files that a living process writes stay, on whatever machine it is: they are locked (see `try_lock`). Without locks,
-    nobody can tell, and they stay too.
+    Files that a running process writes, on this or another machine, are locked (see `try_lock`) and kept. Where there
+    are no locks, all are kept.
 
     Args:
-        own: The folder belongs to this process alone, so that the links of `link` are abandoned as well.
+        folder: The folder.
+        own: No other process uses the folder, so that the links of `link`, which have no lock, are removed too.
     """
     for path in folder.glob(".*.tmp"):
-        is_abandoned = own and _ONLY_OF_RUNS.fullmatch(path.name)
+        is_abandoned = own and _UNLOCKED_TEMPORARY.fullmatch(path.name)
         if is_abandoned or (_TEMPORARY.fullmatch(path.name) and path.name not in _open and _is_unlocked(path)):
-            with contextlib.suppress(OSError):  # of somebody else, in a shared folder
+            with contextlib.suppress(OSError):  # of another user, in a shared folder
                 path.unlink()
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file for this process until it closes the file or ends; None if there are no locks here.
+    """Lock an open file for this process until it closes the file or ends. Forked processes do not inherit the lock.
 
     Returns:
-        Whether no other process holds the lock. Processes that are forked do not inherit it.
+        True if the lock was acquired, False if another process holds it, None if the file system has no locks.
     """
     if fcntl is None:
         return None
@@ -139,8 +144,8 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """Return a new file beside `path`, and open it; it is locked while it is open."""
+def _open_temporary(path: Path) -> tuple[Path, io.BufferedWriter]:
+    """Open a new file beside `path`, which is locked while it is open; return its path and the file."""
     while True:
         temporary = _beside(path)
         _open.add(temporary.name)
@@ -151,14 +156,14 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
             raise
         if try_lock(file.fileno()) is not False and temporary.exists():
             return temporary, file
-        file.close()  # another process has removed it before it was locked
+        file.close()  # another process removed it before it was locked
         _open.discard(temporary.name)
         temporary.unlink(missing_ok=True)
 
 
 def _beside(path: Path, kind: str = "") -> Path:
-    """Return a path for a temporary file that is no other's, of any process or thread."""
-    name = os.fsencode(path.name)[:_MOST_BYTES_OF_NAME].decode(errors="ignore")
+    """Return a path for a temporary file, unique among processes and threads."""
+    name = os.fsencode(path.name)[:_MAX_NAME_BYTES].decode(errors="ignore")
     return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}{kind}.tmp")
 
 
@@ -180,14 +185,14 @@ def _is_unlocked(path: Path) -> bool:
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:
-    """torch.save raises a RuntimeError of its own while it handles that of a full disk."""
+    """Return the OSError that led to an error: torch.save raises a RuntimeError for a full disk."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def sync_directory(directory: Path) -> None:
-    """Let what was renamed in a folder outlast a loss of power."""
+    """Flush a folder to disk, so that renamed files survive a power failure."""
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -201,10 +206,10 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _check_lengths(path: Path) -> None:
-    """Raise the OSError for names that are too long; the system itself stops at the first folder that is missing."""
+    """Raise the OSError for names that are too long, which the system checks in existing folders only."""
     if hasattr(os, "pathconf"):
-        most = os.pathconf(_existing_parent(path), "PC_NAME_MAX")
-        if any(len(os.fsencode(part)) > most for part in path.parts):
+        limit = os.pathconf(_existing_parent(path), "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > limit for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 

@@ -1,4 +1,4 @@
-"""Changes to a trained model that leave its function as it is and make it faster."""
+"""Transformations of trained models for faster inference."""
 
 import copy
 import itertools
@@ -8,11 +8,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy of one of this package's models in which convolutions do the work of the batch norms behind them.
+    """Return a copy of one of this package's models with batch norms folded into the preceding convolutions.
 
-    In evaluation mode a batch norm is a scale and a shift for each channel, which the weights of the convolution before
-    it can take over. A batch norm belongs to a convolution if it is the next module that their parent defines. Logits
-    change by rounding only; the copy is for inference, and its state dict has other names.
+    In evaluation mode a batch norm scales and shifts each channel, which can be merged into the weights of the
+    preceding convolution. A batch norm is folded if it is the module defined right after a convolution in their parent.
+    Logits change by rounding only. The copy is for inference; its state dict has other names.
 
     Raises:
         ValueError: The model is in training mode, where a batch norm depends on the batch.
@@ -23,7 +23,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
-            # Not subclasses, which may do more: timm has batch norms with an activation.
+            # Not for subclasses, which may do more: timm has batch norms with an activation.
             if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())

@@ -1,4 +1,4 @@
-"""Finding the files that the programs of all tasks are given as inputs."""
+"""Finding the input files of programs."""
 
 import glob
 import os
@@ -13,22 +13,22 @@ from mambavision.errors import DataError
 def find_files(
     given: Sequence[str], extensions: Collection[str], out: Path | None, results: str = "", *, nothing: str
 ) -> dict[Path, PurePath]:
-    """Return the files that paths, folders and patterns name, each once, in natural order within each input.
+    """Find the files named by paths, folders and patterns, each once, in natural order within each input.
 
-    Left out of folders are hidden files and what the program itself writes.
+    Hidden files in folders and the program's own results are ignored.
 
     Args:
-        given: Paths of files and folders, patterns.
-        extensions: Those that count in folders, in lower case, with their dot.
-        out: Folder for results, if any. Where it lies inside a given folder, all of it is left out.
-        results: Pattern of the names of results, for the case that `out` is a given folder itself.
-        nothing: What to say of an input that names no such file.
+        given: Paths of files and folders, and patterns.
+        extensions: Extensions of the files to find in folders, in lower case, with their dot.
+        out: Folder for results, if any; ignored where it lies inside a given folder.
+        results: Pattern of the names of results, which are ignored if `out` itself is a given folder.
+        nothing: Error message for an input without such files.
 
     Returns:
-        Paths, with the place of each below the input that names it.
+        Path of each file -> its path relative to the input that names it.
 
     Raises:
-        DataError: An input names no such file, or something that cannot be read like one.
+        DataError: An input names no such file, or is neither a file nor a folder.
     """
     found: dict[Path, tuple[Path, PurePath]] = {}
     for name in given:
@@ -41,7 +41,7 @@ def find_files(
 
 
 def _named(given: str, extensions: Collection[str], out: Path | None, results: str) -> Iterator[tuple[Path, PurePath]]:
-    """Yield the files that one input names, each with its place below it."""
+    """Yield the files that an input names, and their paths relative to it."""
     path = Path(given)
     try:
         matches = [path] if path.exists() else [Path(match) for match in glob.glob(given, recursive=True)]
@@ -52,33 +52,34 @@ def _named(given: str, extensions: Collection[str], out: Path | None, results: s
             yield from _in_folder(match, extensions, out, results)
         elif match.is_file():
             yield match, PurePath(match.name)
-        else:  # reading a pipe or device could wait for ever
+        else:  # reading a pipe or device could block forever
             raise DataError(f"{match}: is neither a file nor a folder; give files, folders, or a quoted pattern.")
 
 
 def _in_folder(
     folder: Path, extensions: Collection[str], out: Path | None, results: str
 ) -> Iterator[tuple[Path, PurePath]]:
-    is_inside = out is not None and out != folder.resolve() and out.is_relative_to(folder.resolve())
+    top = folder.resolve()
+    inside = out if out is not None and out != top and out.is_relative_to(top) else None
     for file in folder.rglob("*"):
         place = file.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in place.parts)
         if file.suffix.lower() not in extensions or is_hidden or not file.is_file():
             continue
         is_result = results and file.match(results) and file.parent.resolve() == out
-        if not is_result and not (is_inside and file.resolve().is_relative_to(out)):
+        if not is_result and not (inside is not None and file.resolve().is_relative_to(inside)):
             yield file, place
 
 
 def check_tree(root: Path, extensions: Collection[str] = ()) -> None:
-    """Raise a DataError for what reading a folder of a data set could wait for without end, or count twice.
+    """Raise a DataError for entries of a data set's folder that would block reading or be counted twice.
 
     Args:
-        root: Folder, whose links are followed.
-        extensions: Those of the files that count, in lower case, with their dot; empty for all files.
+        root: The folder; links are followed.
+        extensions: Extensions of the files to check, in lower case, with their dot; empty for all files.
     """
-    folders: dict[tuple[int, int], str] = {}  # by what they are, whatever their names
-    targets: dict[str, str] = {}  # of links to files
+    folders: dict[tuple[int, int], str] = {}  # by device and inode
+    targets: dict[str, str] = {}  # target of a link -> the link
     inside = os.path.join(os.path.realpath(root), "")
     pending = [str(root)]
     try:
@@ -100,7 +101,7 @@ def check_tree(root: Path, extensions: Collection[str] = ()) -> None:
 
 def _check_file(entry: os.DirEntry, targets: dict[str, str], inside: str) -> None:
     if not entry.is_file():
-        raise DataError(f"{entry.path}: is no file (but a pipe, a device or a broken link); remove it.")
+        raise DataError(f"{entry.path}: is not a file (but a pipe, a device or a broken link); remove it.")
     if entry.is_symlink():
         target = os.path.realpath(entry.path)
         twin = target if target.startswith(inside) else targets.setdefault(target, entry.path)

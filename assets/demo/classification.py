@@ -37,7 +37,7 @@ def main() -> None:
     folder = run_folder(runs, Path(args.config), RESULTS)
     place = ["--output", out, "--tag", runs.name, "--experiment", folder.name]
     if folder.exists():
-        print(f"resuming an interrupted run; to start anew, delete {folder.resolve()}", flush=True)
+        print(f"resuming an interrupted run; to start over, delete {folder.resolve()}", flush=True)
         place += ["--resume", "auto"]
     seconds = run_program("train.py", "--config", args.config, "--data-dir", digits, *place, "--device", "cpu")
     best, results, pictures = folder / "model_best.pth.tar", folder / RESULTS, folder / "predictions"

@@ -76,4 +76,4 @@ def print_outcome(title: str, rows: Mapping[str, str | Path]) -> None:
         table.add_row(name, str(value.resolve() if isinstance(value, Path) else value))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if sys.prefix != sys.base_prefix:
-        print(f"\nFor the other commands of the README: source {Path(sys.prefix) / 'bin' / 'activate'}")
+        print(f"\nTo run the other commands of the documentation: source {Path(sys.prefix) / 'bin' / 'activate'}")

@@ -80,7 +80,7 @@ class Demo:
         environment = {"SCENES_ROOT": str(data)}
         options = ["--work-dir", folder, *_starting_weights(config)]
         if folder.exists():
-            print(f"resuming an interrupted run; to start anew, delete {folder.resolve()}", flush=True)
+            print(f"resuming an interrupted run; to start over, delete {folder.resolve()}", flush=True)
             options.append("--resume")
         seconds = run_program("tools/train.py", config, *options, environment=environment)
         checkpoint = Path(os.path.relpath((folder / "last_checkpoint").read_text(encoding="utf-8").strip()))
@@ -117,7 +117,7 @@ class Demo:
         return files
 
     def _write_sheet(self, folder: Path, sheet: Path) -> Path:
-        """Write the pictures of a folder, which are of one size, on one sheet."""
+        """Write the pictures of a folder, which have the same size, on one sheet."""
         from PIL import Image
 
         files = [file for file in sorted(folder.iterdir()) if file.suffix in (".png", ".jpg")]

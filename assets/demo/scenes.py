@@ -1,8 +1,8 @@
 """Data sets for demos and tests: handwritten digits on photographs, in the formats of COCO and ADE20K.
 
 Digits and photographs come with scikit-learn: 1797 scans of 8x8 pixels from the UCI repository, and two photographs
-from Flickr, china.jpg by danielbuechele and flower.jpg by vultilion (CC BY 2.0). What is held out for validation shows
-neither a scan nor a part of a photograph that is trained on.
+from Flickr, china.jpg by danielbuechele and flower.jpg by vultilion (CC BY 2.0). Training and validation pictures use
+different scans and different parts of the photographs.
 """
 
 import hashlib
@@ -22,28 +22,28 @@ from mambavision.files import replacing
 
 Layout = Literal["coco", "ade20k"]
 CLASSES = tuple("0123456789")
-SPLITS = {"train": "training", "val": "validation"}  # COCO's words and ADE20K's
+SPLITS = {"train": "training", "val": "validation"}  # COCO's and ADE20K's names
 
 _MARKER = "scenes.json"
 _HELD_OUT_EVERY = 5  # scans
 _HELD_OUT_PART = 0.3  # of the width of photographs, on the left
 _CROP_SIDES = (96, 192)  # pixels of photographs
-_LEAST_CONTRAST = 80  # of 255, between ink and the mean of what is under it
-_ATTEMPTS = 20  # to find a free place for a digit
+_MIN_CONTRAST = 80  # of 255, between a digit and the mean of its background
+_ATTEMPTS = 20  # at finding a free place for a digit
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a data set shows. The same options give the same pictures.
+    """Content of a data set. The same options give the same pictures.
 
     Attributes:
-        train: Pictures to train on.
-        val: Pictures held out.
-        side: Height and width of the pictures, in pixels.
-        digit_sides: Least and greatest height and width of a scan's frame before it is turned, in pixels.
-        most: Digits in a picture, at most.
-        angle: Digits are turned by up to this, in degrees.
-        seed: Of everything random.
+        train: Number of training pictures.
+        val: Number of validation pictures.
+        side: Height and width of the pictures in pixels.
+        digit_sides: Range of the side of a scan in pixels, before rotation.
+        most: Maximum number of digits in a picture.
+        angle: Maximum rotation of the digits in degrees.
+        seed: Random seed.
     """
 
     train: int = 1200
@@ -60,8 +60,8 @@ class Digit:
     """A digit in a picture.
 
     Attributes:
-        scan: Number of the scan.
-        label: 0 to 9.
+        scan: Index of the scan.
+        label: The digit, 0 to 9.
         mask: (side, side) bool.
     """
 
@@ -77,18 +77,21 @@ class Digit:
 
 
 def write_scenes(root: str | Path, layout: Layout, options: Options | None = None) -> bool:
-    """Write a data set to a folder of its own, unless it is there already.
+    """Write a data set to a folder, unless it already exists.
 
     Args:
-        root: The folder. A set that was written there with other options, by another version of this module, or not
-            completely, is replaced.
+        root: The folder. A data set that was written there with other options, by another version of this module, or
+            incompletely is replaced.
         layout: "coco" for ``{train,val}/*.jpg`` and ``annotations/instances_{train,val}.json`` with masks as run
             lengths; "ade20k" for ``images/{training,validation}/*.jpg`` and ``annotations/{training,validation}/*.png``
-            with 1 for the background and 2 to 11 for the digits: 0, which nothing here is, is what to ignore.
-        options: What to show.
+            with 1 for the background and 2 to 11 for the digits; 0 means no class and does not occur.
+        options: Content of the data set.
 
     Returns:
-        Whether it was written.
+        True if it was written, False if it existed.
+
+    Raises:
+        OutputError: The folder contains other files.
     """
     root, options = Path(root), options or Options()
     marker = root / _MARKER
@@ -99,7 +102,7 @@ def write_scenes(root: str | Path, layout: Layout, options: Options | None = Non
             return False
         shutil.rmtree(root)
     elif root.is_dir() and any(root.iterdir()):
-        raise OutputError(f"{root}: holds files that are not of this data set; name a folder that can be created.")
+        raise OutputError(f"{root}: contains files that do not belong to this data set; choose a new folder.")
     _write_json(marker, {**wanted, "complete": False})
     for split in SPLITS:
         {"coco": _write_coco, "ade20k": _write_ade20k}[layout](root, split, options)
@@ -109,13 +112,13 @@ def write_scenes(root: str | Path, layout: Layout, options: Options | None = Non
 
 @cache
 def scan_numbers(split: str) -> np.ndarray:
-    """Return the numbers of the scans that a split's pictures are made of."""
+    """Return the indices of the scans that a split's pictures use."""
     numbers = np.arange(len(_scans()[1]))
     return numbers[(numbers % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == (split == "val")]
 
 
 def scenes(split: str, options: Options) -> Iterator[tuple[np.ndarray, list[Digit]]]:
-    """Yield a split's pictures, (side, side, 3) uint8 in mmcv's order of blue, green and red, with their digits."""
+    """Yield the pictures of a split, (side, side, 3) uint8 in BGR order, with their digits."""
     for number in range(getattr(options, split)):
         random = np.random.default_rng([options.seed, list(SPLITS).index(split), number])
         picture = _paper(random, split, options.side)
@@ -125,7 +128,7 @@ def scenes(split: str, options: Options) -> Iterator[tuple[np.ndarray, list[Digi
 
 
 def _paper(random: np.random.Generator, split: str, side: int) -> np.ndarray:
-    """Return a part of a photograph, mirrored or not, (side, side, 3)."""
+    """Return a random crop of a photograph, possibly mirrored, (side, side, 3)."""
     photograph = _photographs()[random.integers(len(_photographs()))]
     border = int(photograph.shape[1] * _HELD_OUT_PART)
     photograph = photograph[:, :border] if split == "val" else photograph[:, border:]
@@ -139,14 +142,14 @@ def _paper(random: np.random.Generator, split: str, side: int) -> np.ndarray:
 def _add_digit(
     random: np.random.Generator, split: str, options: Options, picture: np.ndarray, free: np.ndarray
 ) -> Digit | None:
-    """Draw a digit where the picture is free, and return it; None if there is no place for it.
+    """Draw a digit at a free place of a picture, and return it; None if no place was found.
 
     Args:
-        random: What to draw with.
-        split: Whose scans to draw.
-        options: How to draw.
-        picture: (side, side, 3), is drawn on.
-        free: (side, side) bool, where nothing is yet; is updated.
+        random: Random number generator.
+        split: Split whose scans are used.
+        options: Content of the data set.
+        picture: (side, side, 3), modified in place.
+        free: (side, side) bool, True where there is no digit yet; modified in place.
     """
     images, labels = _scans()
     scan = int(random.choice(scan_numbers(split)))
@@ -172,11 +175,11 @@ def _add_digit(
 
 
 def _colour(random: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """Return a random colour that can be told from another."""
+    """Return a random colour that contrasts with another."""
     luminance = np.array([0.114, 0.587, 0.299])
     while True:
         colour = random.uniform(0, 255, 3)
-        if abs((colour - under) @ luminance) >= _LEAST_CONTRAST:
+        if abs((colour - under) @ luminance) >= _MIN_CONTRAST:
             return colour
 
 
@@ -204,7 +207,7 @@ def _write_coco(root: Path, split: str, options: Options) -> None:
         images.append({"id": number, "file_name": name, "height": options.side, "width": options.side})
         annotations += [
             {
-                "id": len(annotations) + index + 1,  # COCO's evaluation takes 0 for none
+                "id": len(annotations) + index + 1,  # COCO's evaluation treats 0 as no annotation
                 "image_id": number,
                 "category_id": digit.label,
                 "bbox": digit.box,
@@ -221,7 +224,7 @@ def _write_coco(root: Path, split: str, options: Options) -> None:
 
 
 def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's uncompressed form: the lengths of runs of equal pixels down the columns, the first one of zeros."""
+    """Return COCO's uncompressed run-length encoding: column by column, beginning with zeros."""
     pixels = mask.ravel(order="F")
     borders = np.flatnonzero(np.diff(pixels, prepend=False)).tolist()
     counts = np.diff([0, *borders, pixels.size]).tolist()

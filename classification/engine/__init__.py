@@ -1,1 +1,1 @@
-"""What the classification programs share: options, data, training, evaluation and reporting."""
+"""Implementation of the classification programs: options, data, training, evaluation and reporting."""

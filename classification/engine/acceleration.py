@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,13 +40,13 @@ def training_precision(amp: bool, bfloat: bool, device: torch.device) -> torch.d
     return torch.float16
 
 
-def compiled(options: SpeedOptions, model: nn.Module) -> nn.Module:
+def compiled(options: SpeedOptions, model: nn.Module) -> Callable[..., Any]:
     """Return the model, compiled if the options ask for it."""
     arguments = compile_arguments(options.torchcompile, options.torchcompile_mode)
     return torch.compile(model, **arguments) if arguments else model
 
 
-def compile_arguments(backend: str | None, mode: str | None) -> dict[str, str]:
+def compile_arguments(backend: str | None, mode: str | None) -> dict[str, Any]:
     """Return the arguments of torch.compile, or none if nothing is to be compiled.
 
     Raises:

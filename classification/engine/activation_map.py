@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.figures import as_picture, fit_image_size, load_image, save_arrays, save_figure
 from engine.model import open_classifier
@@ -33,6 +33,7 @@ from mambavision.running.process import pick_device, this_process
 from mambavision.running.progress import progress
 from mambavision.running.ranges import check_ranges
 from mambavision.text import as_json, escaped
+from mambavision.timm_model import TimmModel
 
 _logger = logging.getLogger(__name__)
 
@@ -85,12 +86,12 @@ def draw_activation_maps(options: ActivationMapOptions) -> None:
                 rows.append(_draw(out / stem, title, as_picture(image, classifier), maps, point))
                 rows[-1] |= {"image": str(file), "model": classifier.name, "blocks": names}
             line.step()
-    with replacing(out / "activation_maps.json") as file:
-        file.write(as_json(rows).encode())
+    with replacing(out / "activation_maps.json") as description:
+        description.write(as_json(rows).encode())
     _logger.info("wrote %d pictures to %s, described in activation_maps.json", len(rows), out)
 
 
-def _maps(model: nn.Module, image: Tensor, names: list[str], kinds: list[MapKind], is_rollout: bool) -> _Maps:
+def _maps(model: TimmModel, image: Tensor, names: list[str], kinds: list[MapKind], is_rollout: bool) -> _Maps:
     records = record_blocks(model, image, names)
     layout = records[-1].layout
     scan = next((record for record in records if isinstance(record, ScanRecord)), None)
@@ -101,7 +102,7 @@ def _maps(model: nn.Module, image: Tensor, names: list[str], kinds: list[MapKind
         return _Maps(layout, maps[0], scan, False)
     # In a stage of both, the one map of softmax attention goes with each map of the scans.
     wanted = dict.fromkeys(name for each in maps for name in each if name != "softmax") or ["softmax"]
-    combined = {name: rollout([each.get(name, each.get("softmax")) for each in maps]) for name in wanted}
+    combined = {name: rollout([each[name if name in each else "softmax"] for each in maps]) for name in wanted}
     return _Maps(layout, combined, scan, True)
 
 
@@ -126,7 +127,9 @@ def _draw(path: Path, title: str, picture: np.ndarray, maps: _Maps, point: tuple
 
 def _without_unread(values: np.ndarray, kind: MapKind | None, maps: _Maps, point: tuple[float, float]) -> np.ndarray:
     """Return a map of a single route with NaN at the positions that it reads later."""
-    if kind is None or maps.is_rollout or kind.in_order_of_route or not isinstance(kind.route, int):
+    if kind is None or maps.scan is None or maps.is_rollout:
+        return values
+    if kind.in_order_of_route or not isinstance(kind.route, int):
         return values
     is_read = map_of_point(positions_read(maps.scan, kind.route), maps.layout, point)[0].cpu().numpy()
     return np.where(is_read == 1, values, np.nan)
@@ -150,7 +153,8 @@ def _figure(
     figure = Figure(figsize=(3.6 + width, max(3.8, 1 + 2.3 * shape[0])), layout="constrained")
     is_partial = any(np.isnan(each).any() for each in shown.values())
     figure.suptitle(title + ("; grey: out of its reach" if is_partial else ""))
-    left, right = figure.subfigures(1, 2, width_ratios=(3, width + 0.6))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(3, width + 0.6))
+    left, right = parts
     axes = left.subplots()
     axes.imshow(picture)
     rows_of_cells, columns_of_cells = maps.layout.height, maps.layout.width
@@ -194,7 +198,7 @@ def _mark(axes: Any, cell: tuple[int, int], height: float = 1, width: float = 1)
 
 def _meaning(kind: MapKind | None, scan: ScanRecord | None) -> str:
     """Say in words which route a map is of."""
-    if kind is None:
+    if kind is None or scan is None:
         return "mean over the heads"
     if not isinstance(kind.route, int):
         return {"all": "sum over the routes", "nall": "mean over the routes"}[kind.route]

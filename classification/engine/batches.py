@@ -18,8 +18,9 @@ import torch
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, default_collate
 
+from engine.data import ImageData
 from engine.options import TrainOptions
 from engine.options.train import AugmentationOptions
 from mambavision.errors import UserError
@@ -83,8 +84,8 @@ class TrainLoader:
         images: The data set; None for one of timm's streams, whose samples have no index.
     """
 
-    def __init__(self, loader: DataLoader | PrefetchLoader, images: Dataset | None) -> None:
-        self.loader = loader
+    def __init__(self, loader: DataLoader | PrefetchLoader, images: ImageData | None) -> None:
+        self.loader: Any = loader  # its data set and sampler have more methods than torch's types
         self._images = images
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ class TrainLoader:
             self.loader.loader._iterator = None
 
 
-def _name(dataset: Dataset, index: int) -> str:
+def _name(dataset: ImageData, index: int) -> str:
     if isinstance(dataset, AugMixDataset):
         dataset = dataset.dataset
     if isinstance(dataset, ImageDataset):  # timm's
@@ -122,7 +123,7 @@ def _name(dataset: Dataset, index: int) -> str:
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: ImageData,
     data_config: dict[str, Any],
     augmentation: dict[str, Any],
     *,
@@ -170,7 +171,7 @@ def train_loader(
     workers = _worker_count(workers)
     if isinstance(dataset, IterableImageDataset):
         dataset.set_loader_cfg(num_workers=workers)
-        images = sampler = None
+        sampler = images = None
     else:
         images = SeededDataset(dataset, seed, group.rank, _entropy)
         sampler = EpochSampler(_sampler(dataset, group, seed, aug_repeats), epoch_repeats, batch_size)
@@ -190,26 +191,30 @@ def train_loader(
     if len(loader) == 0:
         count = len(dataset if sampler is None else sampler)
         raise UserError(f"--batch-size {batch_size} exceeds the {count} training images of a process; lower it.")
-    if prefetch:
-        loader = PrefetchLoader(
-            loader,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            channels=data_config["input_size"][0],
-            device=group.device,
-            **({} if augmentation.get("no_aug") else erase),
-        )
-    return TrainLoader(loader, images and dataset)
+    is_indexed = images is not None
+    if not prefetch:
+        return TrainLoader(loader, dataset if is_indexed else None)
+    prefetched = PrefetchLoader(
+        loader,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        channels=data_config["input_size"][0],
+        device=group.device,
+        **({} if augmentation.get("no_aug") else erase),
+    )
+    return TrainLoader(prefetched, dataset if is_indexed else None)
 
 
-def _sampler(dataset: Dataset, group: Group, seed: int, aug_repeats: float) -> DistributedSampler | SeededRepeatSampler:
+def _sampler(
+    dataset: ImageData, group: Group, seed: int, aug_repeats: float
+) -> DistributedSampler | SeededRepeatSampler:
     if aug_repeats:
         return SeededRepeatSampler(dataset, group.size, group.rank, num_repeats=aug_repeats, seed=seed)
     return DistributedSampler(dataset, group.size, group.rank, seed=seed)
 
 
 def eval_loader(
-    dataset: Dataset,
+    dataset: ImageData,
     data_config: dict[str, Any],
     *,
     batch_size: int,
@@ -244,7 +249,7 @@ def eval_loader(
 def _worker_count(wanted: int | None) -> int:
     if wanted is not None:
         return wanted
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_DEFAULT_WORKERS, usable)
 
 
@@ -266,14 +271,14 @@ def build_batches(
     options: TrainOptions,
     data_config: dict[str, Any],
     num_classes: int,
-    train: Dataset,
-    validation: Dataset,
+    train: ImageData,
+    validation: ImageData,
     group: Group,
 ) -> Batches:
     """Create the loaders of train.py.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         data_config: timm's.
         num_classes: Classes of the model.
         train: Training images.
@@ -310,7 +315,7 @@ def build_batches(
         },
         batch_size=options.model.batch_size,
         seed=options.run.seed,
-        collate_mixup=mixup if prefetch else None,
+        collate_mixup=mixup if isinstance(mixup, FastCollateMixup) else None,
         aug_repeats=augmentation.aug_repeats,
         aug_splits=augmentation.aug_splits,
         erase_only_augmented=augmentation.resplit,

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-import timm
+import timm.optim
 import torch
 from timm.data import create_transform
 
@@ -42,17 +42,17 @@ def _check_combinations(options: TrainOptions, device: torch.device) -> None:
         "--split-bn and --jsd-loss need --aug-splits of at least 2.": (
             (averaging.split_bn or augmentation.jsd_loss) and has_splits < 2
         ),
-        "--aug-splits and mixup do not go together: add --mixup 0 --cutmix 0.": has_splits and mixing,
+        "--aug-splits and mixup cannot be combined: add --mixup 0 --cutmix 0.": has_splits and mixing,
         "--aug-splits needs the prefetcher: drop --no-prefetcher.": has_splits and data.no_prefetcher,
         "--batch-size must be even for mixup; change it, or add --mixup 0 --cutmix 0.": mixing
         and options.model.batch_size % 2,
         "--aug-repeats and --aug-splits need single images: drop them, or choose another --dataset than a stream.": (
             is_stream(data.dataset) and (augmentation.aug_repeats or has_splits)
         ),
-        "--epoch-repeats does not reach wds/ streams: drop it.": (
+        "--epoch-repeats has no effect on wds/ streams: drop it.": (
             data.epoch_repeats and data.dataset.lower().startswith("wds/")
         ),
-        "--warmup-prefix needs --epochs beyond --warmup-epochs: raise --epochs.": (
+        "--warmup-prefix needs more --epochs than --warmup-epochs: raise --epochs.": (
             schedule.warmup_prefix and schedule.warmup_epochs >= schedule.epochs
         ),
         "--log-wandb needs the package wandb: pip install wandb.": options.run.log_wandb and find_spec("wandb") is None,
@@ -63,7 +63,7 @@ def _check_combinations(options: TrainOptions, device: torch.device) -> None:
 
 
 def _check_optimizer(name: str) -> None:
-    known = timm.optim.list_optimizers()
+    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
     if name.lower() not in known:
         raise UserError(f"unknown optimizer --opt {name}.{nearest(name, known)}")
 
@@ -72,10 +72,9 @@ def _check_sharding(options: TrainOptions, group: Group) -> None:
     if not options.averaging.fsdp:
         return
     problems = {
-        "shards the model across processes, and there is only one: start several (see README.md), or drop it.": (
-            not group.is_distributed
-        ),
-        "needs bfloat16 in mixed precision, because processes would not agree on a loss scale: add --bfloat.": (
+        "shards the model across processes, and there is only one: start several (docs/guides/distributed.md) or drop "
+        "it.": (not group.is_distributed),
+        "needs bfloat16 in mixed precision, because processes could not agree on a loss scale: add --bfloat.": (
             options.run.amp and not options.run.bfloat
         ),
         "keeps its shard of the averaged weights on the model's device: drop --model-ema-force-cpu.": (
@@ -84,7 +83,7 @@ def _check_sharding(options: TrainOptions, group: Group) -> None:
         "cannot be combined with --torchcompile: drop one of them.": (
             options.model.torchcompile or options.model.torchcompile_mode
         ),
-        "cannot clip adaptively, for which torch has no sharded operation: drop --clip-mode agc.": (
+        "cannot clip adaptively, because torch has no sharded operation for it: drop --clip-mode agc.": (
             options.optimizer.clip_mode == "agc"
         ),
     }

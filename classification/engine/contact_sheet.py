@@ -1,4 +1,4 @@
-"""Pages of small pictures with captions."""
+"""Contact sheets: pages of small pictures with captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture on the sheet."""
+    """A picture on a sheet, with its caption."""
 
     image: Image.Image
     guess: str
@@ -26,7 +26,7 @@ class Tile:
 
 
 def draw_contact_sheets(tiles: Sequence[Tile], folder: Path) -> list[Path]:
-    """Draw as many pages as needed into `folder`; return their paths."""
+    """Draw pictures on as many pages as needed, in `folder`; return the paths of the pages."""
     per_page = _COLUMNS * _ROWS
     pages = [tiles[start : start + per_page] for start in range(0, len(tiles), per_page)]
     paths = []
@@ -62,12 +62,12 @@ def _draw(tiles: Sequence[Tile]) -> Image.Image:
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _caption(tile: Tile, font: _Font) -> list[str]:
-    """Return one or two lines: guess, probability, and the truth if it differs. Only class names are shortened."""
+    """Return one or two lines: guess, probability, and the truth if it differs; only class names are shortened."""
     guess, percent = _first_synonym(tile.guess), f"  {100 * tile.probability:.0f} %"
     if tile.truth in (None, tile.guess):
         return [_shortened(guess, percent, font)]
@@ -79,11 +79,11 @@ def _caption(tile: Tile, font: _Font) -> list[str]:
 
 
 def _first_synonym(name: str) -> str:
-    return name.split(", ")[0]  # ImageNet's classes are lists of them
+    return name.split(", ")[0]  # names of ImageNet's classes are lists of synonyms
 
 
 def _shortened(text: str, rest: str, font: _Font) -> str:
-    """Return both parts on one line, the first cut to the letters that fit beside the second."""
+    """Join two texts to one line; the first is shortened to fit."""
     if font.getlength(text + rest) <= _SIDE:
         return text + rest
     while text and font.getlength(text + "…" + rest) > _SIDE:

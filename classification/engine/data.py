@@ -1,4 +1,4 @@
-"""Data sets of images: finding and checking class folders, and decoding that never hides a broken file."""
+"""Image data sets: finding and checking class folders, and decoding that reports broken files."""
 
 import logging
 import os
@@ -27,7 +27,12 @@ _logger = logging.getLogger(__name__)
 
 add_img_extensions((".bmp", ".gif", ".tif", ".tiff", ".webp"))  # timm looks for .png, .jpg and .jpeg only
 
+# Data sets of timm, torchvision and this module have a length and a transform, which torch's Dataset lacks.
+ImageData = Any
+
 SKIPPED = -1  # target of an image that could not be decoded
+
+Skipping = Literal["", "replace", "mark"]
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -38,12 +43,17 @@ _SPLIT_NAMES = {
 def decode_image(file: str | os.PathLike | BinaryIO, mode: str = "RGB", exif_transpose: bool = False) -> Image.Image:
     """Decode an image completely.
 
-    Images of 16 or 32 bits a channel are scaled to 8 bits; Pillow's own conversion would clip them to white.
+    Images with 16 or 32 bits per channel are scaled to 8 bits; Pillow's own conversion would clip them to white.
+
+    Args:
+        file: Path of an image, or an open file.
+        mode: Colour mode of the result, as named by Pillow.
+        exif_transpose: Rotate the image by its EXIF tag.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: It cannot be decoded.
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: The image cannot be decoded.
     """
-    image = Image.open(file)
+    image: Image.Image = Image.open(file)
     if exif_transpose:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -54,7 +64,7 @@ def decode_image(file: str | os.PathLike | BinaryIO, mode: str = "RGB", exif_tra
 
 
 def _full_scale(mode: str, largest: float) -> float:
-    """Return the value of white: by the mode, and only where that leaves it open, by the largest value."""
+    """Return the value of white: from the mode or, where that is ambiguous, from the largest value."""
     if mode.startswith("I;16"):
         return 2.0**16 - 1
     candidates = (1.0, 2.0**8 - 1, 2.0**16 - 1) if mode == "F" else (2.0**16 - 1, 2.0**31 - 1)
@@ -62,10 +72,14 @@ def _full_scale(mode: str, largest: float) -> float:
 
 
 def image_mode(channels: int) -> str:
-    """Return the colour mode, as Pillow names it, that gives images of so many channels."""
+    """Return Pillow's colour mode for a number of channels.
+
+    Raises:
+        UserError: Image files do not provide so many channels.
+    """
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
-        raise UserError(f"the model takes images of {channels} channels; image files give 1 (grey) or 3 (colour).")
+        raise UserError(f"the model takes {channels} channels, but image files have 1 (grey) or 3 (colour).")
     return modes[channels]
 
 
@@ -80,17 +94,20 @@ def why_undecodable(error: Exception) -> str:
 
 
 class FolderDataset(ImageDataset):
-    """timm's image folder (or tar) data set, except that a broken file is an error or is counted.
+    """timm's data set of an image folder (or tar file), except that broken files raise an error or are counted.
 
     timm's own class silently returns the next image instead.
 
     Args:
-        root: Folder with a folder of images for each class, or a tar file of one.
-        class_map: See timm.
-        mode: Colour mode of the images, as Pillow names it.
-        exif_transpose: Turn images upright by their EXIF tag.
-        skip_corrupt: Count broken files instead: "replace" returns the next image, "mark" a blank one with the target
-            `SKIPPED`.
+        root: Folder with a subfolder of images for each class, or a tar file of it.
+        class_map: Class map of timm: a file, or a dictionary from class name to index.
+        mode: Colour mode of the images, as named by Pillow.
+        exif_transpose: Rotate images by their EXIF tag.
+        skip_corrupt: Count broken files instead of raising an error: "replace" returns the next image, "mark" a blank
+            image with the target `SKIPPED`.
+
+    Raises:
+        DataError: There are no images.
     """
 
     def __init__(
@@ -99,7 +116,7 @@ class FolderDataset(ImageDataset):
         class_map: str | dict[str, int] = "",
         mode: str = "RGB",
         exif_transpose: bool = False,
-        skip_corrupt: Literal["", "replace", "mark"] = "",
+        skip_corrupt: Skipping = "",
     ) -> None:
         try:
             super().__init__(str(root), class_map=class_map, input_img_mode=mode)
@@ -130,7 +147,7 @@ class FolderDataset(ImageDataset):
     def _read(self, index: int) -> tuple[Image.Image | None, int]:
         """Return image and target; no image if the file is broken and such files are skipped."""
         try:
-            file, target = self.reader[index]  # which may be gone since the run began
+            file, target = self.reader[index]  # the file may have been deleted during the run
             with file:
                 return decode_image(file, self.input_img_mode, self.exif_transpose), target
         except DECODING_ERRORS as error:
@@ -144,12 +161,12 @@ class FolderDataset(ImageDataset):
 
 
 def is_folder(dataset: str) -> bool:
-    """Whether a data set type means image folders, which this module reads, and not one of timm's."""
+    """Return True if a data set type means image folders, which this module reads, instead of one of timm's."""
     return dataset in ("", "folder")
 
 
 def is_stream(dataset: str) -> bool:
-    """Whether timm reads a data set type from beginning to end, without access to single images."""
+    """Return True if timm reads a data set type sequentially, without access to single images."""
     return dataset.lower().startswith(("hfids/", "tfds/", "wds/"))
 
 
@@ -157,7 +174,7 @@ def check_data_options(dataset: str, skip_corrupt: bool, exif_transpose: bool | 
     """Raise a UserError for options that timm's data sets do not support."""
     for flag, is_set in (("--skip-corrupt", skip_corrupt), ("--exif-transpose", exif_transpose)):
         if is_set and not is_folder(dataset):
-            raise UserError(f"{flag} works with image folders only: drop it, or --dataset {dataset}.")
+            raise UserError(f"{flag} works with image folders only; remove it, or --dataset {dataset}.")
 
 
 def open_split(
@@ -174,30 +191,30 @@ def open_split(
     epoch_repeats: int = 0,
     exif_transpose: bool = False,
     skip_corrupt: bool = False,
-) -> torch.utils.data.Dataset:
+) -> ImageData:
     """Open one split of a data set.
 
     Args:
-        data_dir: Root of the data; for image folders it holds the splits, or is itself the validation split.
+        data_dir: Root of the data; for image folders it contains the splits, or is the validation split itself.
         split: Name of the split below `data_dir`, or the path of its folder.
         dataset: timm's data set type; empty for image folders.
         class_map: File, or dictionary from class name to index; empty for folder names in natural order.
-        channels: 1 reads grey images, 3 colour.
-        download: Let timm download the data set; in distributed runs, once for every machine.
+        channels: 1 for grey images, 3 for colour.
+        download: Let timm download the data set; in distributed runs, once per machine.
 
     Raises:
-        DataError: There is no such folder, or it holds no images, or a class folder is empty.
-        UserError: Images cannot have so many channels.
+        DataError: The folder does not exist or contains no images, or a class folder is empty.
+        UserError: Image files do not provide so many channels.
     """
     mode = image_mode(channels)
     if not is_folder(dataset):
-        create = partial(
+        create: Callable[[], ImageData] = partial(
             create_dataset,
             dataset,
             root=data_dir,
             split=split,
             is_training=is_training,
-            class_map=class_map or None,
+            class_map=class_map or None,  # type: ignore[arg-type]  # a file or None, too, whatever timm's stub says
             download=download,
             batch_size=batch_size,
             seed=seed,
@@ -216,20 +233,23 @@ def open_split(
         class_map = _read_class_map(class_map, root)
     elif not class_map and root.is_dir():
         _check_class_folders(root)
-    skipping = "" if not skip_corrupt else "replace" if is_training else "mark"
+    skipping: Skipping = "" if not skip_corrupt else "replace" if is_training else "mark"
     return FolderDataset(root, class_map, mode, exif_transpose, skipping)
 
 
 def open_training_data(
     options: DataOptions, batch_sizes: tuple[int, int], channels: int, seed: int
-) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, list[str] | None]:
-    """Return the training and validation data of train.py and the names of their classes, which must agree.
+) -> tuple[ImageData, ImageData, list[str] | None]:
+    """Open the training and validation data of train.py; return them and the names of their classes.
 
     Args:
-        options: Of the data.
-        batch_sizes: In training and validation.
-        channels: Of the images.
-        seed: Of the run.
+        options: Options of the data.
+        batch_sizes: Batch sizes in training and validation.
+        channels: Channels of the images.
+        seed: Seed of the run.
+
+    Raises:
+        DataError: As for `open_split`, or the classes differ.
     """
     splits = ("train", "val") if options.lmdb_dataset else (options.train_split, options.val_split)
     if options.lmdb_dataset and "lmdb" in (options.data_dir or ""):
@@ -260,12 +280,12 @@ def _decode_or_name(file: str, mode: str) -> Image.Image:
         raise DataError(f"{file}: cannot be decoded ({why_undecodable(error)}); repair or remove it.") from error
 
 
-def _one_after_the_other(download: Callable[[], torch.utils.data.Dataset]) -> torch.utils.data.Dataset:
-    """Let the first process download, then one of every other machine; the rest finds the files there."""
+def _one_after_the_other(download: Callable[[], ImageData]) -> ImageData:
+    """Download in the first process, then in one process of every other machine, then open the files in the others."""
     process = this_process()
     if not process.is_distributed:
         return download()
-    # The other processes wait longer for a download than collectives may take, and on the CPU.
+    # A download may exceed the timeout of the default group.
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     own_turn = 0 if process.is_first else 1 if process.local_rank == 0 else 2
     for turn in range(3):
@@ -277,15 +297,19 @@ def _one_after_the_other(download: Callable[[], torch.utils.data.Dataset]) -> to
 
 
 def find_split(data_dir: str | None, split: str, may_be_root: bool) -> Path:
-    """Return the folder (or tar file) of a split of an image folder data set."""
-    is_path = Path(split).name != split  # and not the name of a folder that happens to be in the working directory
+    """Return the folder (or tar file) of a split of an image folder data set.
+
+    Raises:
+        DataError: There is none.
+    """
+    is_path = Path(split).name != split  # not a name, even if the working directory has a folder of that name
     if not data_dir:
         if is_path and Path(split).exists():
             return Path(split)
         raise DataError("no data: give the folder of the data set with --data-dir.")
     root = Path(data_dir)
     if not root.exists():
-        raise DataError(f"{root}: no such folder; --data-dir needs train/ and val/, each with a folder for each class.")
+        raise DataError(f"{root}: no such folder; --data-dir needs train/ and val/, each with a folder per class.")
     names = next((names for names in _SPLIT_NAMES.values() if split in names), ())
     candidates = [root / name for name in dict.fromkeys((split, *names))]
     for candidate in candidates + [Path(split)] * is_path:
@@ -323,13 +347,13 @@ def _has_image(folder: Path) -> bool:
 def _read_class_map(path: str, root: Path) -> dict[str, int]:
     if not (Path(path).is_file() or (root / path).is_file()):
         raise DataError(f"{path}: no such class map; give a text file with a class name on each line.")
-    if not path.endswith(".txt"):  # timm would unpickle others, which runs whatever they say
+    if not path.endswith(".txt"):  # timm would unpickle other files, which can run any code
         raise UserError(f"{path}: a class map is a text file (.txt) with a class name on each line.")
     return load_class_map(path, str(root))
 
 
-def class_names(dataset: torch.utils.data.Dataset) -> list[str] | None:
-    """Return the names of the classes in the order of their indices, or None if the data set does not know them."""
+def class_names(dataset: ImageData) -> list[str] | None:
+    """Return the names of the classes in the order of their indices, or None if they are unknown."""
     mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
     return sorted(mapping, key=mapping.get) if mapping else None
 
@@ -356,7 +380,7 @@ def _listed(names: list[str], count: int = 5) -> str:
     return ", ".join(map(repr, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def log_skipped(dataset: torch.utils.data.Dataset, log: Callable[[str], None] = _logger.warning) -> int:
+def log_skipped(dataset: ImageData, log: Callable[[str], None] = _logger.warning) -> int:
     """Report the files that were skipped in a data set, and return their number."""
     corrupt = getattr(dataset, "corrupt_files", [])
     if corrupt:

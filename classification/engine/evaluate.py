@@ -22,7 +22,7 @@ def evaluate(
     distributed: bool = False,
     classes: list[int] | None = None,
     real_labels: RealLabelsImagenet | None = None,
-    on_batch: Callable[[int, int], None] = lambda batch, images: None,
+    on_batch: Callable[[int, int], object] = lambda batch, images: None,
 ) -> dict[str, float]:
     """Return the loss (cross entropy) and the top-1 and top-5 accuracy in percent; each image counts once.
 

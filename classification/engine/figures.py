@@ -40,7 +40,7 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(file, format=path.suffix[1:], dpi=100)
 
 
-def save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+def save_arrays(arrays: dict[str, Any], path: Path) -> None:
     """Write arrays as a file for `numpy.load`, complete or not at all."""
     content = io.BytesIO()  # numpy seeks in what it writes
     np.savez_compressed(content, **arrays)

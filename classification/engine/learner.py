@@ -14,6 +14,7 @@ from engine import sharding
 from engine.acceleration import training_precision
 from engine.objective import build_task
 from engine.options import TrainOptions
+from engine.remedies import naming_flags
 from engine.resume import Resumed
 from engine.schedule import build_optimizer, build_scheduler, global_batch, learning_rates
 from mambavision.checkpoint import EMA_KEYS, load_weights
@@ -34,7 +35,7 @@ class Learner:
         num_epochs: Length of the schedule, including the cool-down.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         group: All processes.
         model: The model to train, on the group's device.
         batches: Number of batches of this process in an epoch.
@@ -64,6 +65,7 @@ class Learner:
 
     # Resuming
 
+    @naming_flags(training=True)
     def _load_weights(self, resumed: Resumed) -> None:
         path, checkpoint = str(resumed.path), resumed.checkpoint
         load_weights(unwrap_model(self.task.get_eval_model()), checkpoint, path)
@@ -110,6 +112,12 @@ class Learner:
 
     # Training
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that are trained."""
+        model = self.task.get_trainable_module()
+        assert model is not None
+        return model.parameters()
+
     def distribute(self) -> None:
         """Wrap the model for training in several processes."""
         if self.group.is_distributed and not self.options.averaging.fsdp:
@@ -127,7 +135,7 @@ class Learner:
     def gradients(self) -> Iterator[Tensor]:
         """Yield the gradients that must be finite before a step; none with a loss scale, which handles overflow."""
         if not self.scaler.is_enabled():
-            for parameter in self.task.get_trainable_module().parameters():
+            for parameter in self.parameters():
                 if parameter.grad is not None:
                     yield parameter.grad
 
@@ -149,7 +157,7 @@ class Learner:
 
     def models_on_device(self) -> dict[str, nn.Module]:
         """Return the model and its average, unless that is on the CPU, where it is slow and NCCL cannot reach it."""
-        models = {"raw": self.task.get_eval_model()}
+        models: dict[str, Any] = {"raw": self.task.get_eval_model()}
         if self.task.has_ema() and not self.options.averaging.model_ema_force_cpu:
             models["averaged"] = self.task.get_eval_model(ema=True)
         return models
@@ -184,7 +192,7 @@ class Learner:
             own[name].copy_(saved[name])
 
     def _named_buffers(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind in ("model", "average") if self.task.has_ema() else ("model",):
             model = unwrap_model(self.task.get_eval_model(ema=kind == "average"))
             saved = model.state_dict().keys()  # others are constants

@@ -1,4 +1,4 @@
-"""Range checks for what a checkpoint says beside its weights: a file from elsewhere may say anything."""
+"""Validation of the metadata in checkpoints of classifiers, which may come from anywhere."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,20 +20,20 @@ from mambavision.metadata import (
     is_optimizer,
 )
 
-_LARGEST_NUMBER = 1 << 20  # of a model's arguments, its classes included
-_LARGEST_SIDE = 1 << 14  # pixels
-# Arguments by which timm would open other files or the network: weights come from the checkpoint itself.
+_MAX_ARGUMENT = 1 << 20  # of models, including the number of classes
+_MAX_SIDE = 1 << 14  # pixels
+# Arguments with which timm would read other files or the network.
 _LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 _DEPTHS = {"depth", "depths", "layers", "num_layers"}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
 
 def check_model(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless what a checkpoint says of its model can be true.
+    """Raise a CheckpointError if the metadata about the model are invalid.
 
     Args:
-        checkpoint: Its content.
-        source: Names it in messages.
+        checkpoint: Content of the checkpoint.
+        source: Its name in error messages.
     """
     check_fields(checkpoint, source, _MODEL)
     arguments = checkpoint.get("model_kwargs")
@@ -43,13 +43,13 @@ def check_model(checkpoint: Mapping[str, Any], source: str) -> None:
 
 
 def check_training(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless what a checkpoint says of its training can be true; see `check_model`."""
+    """Raise a CheckpointError if the metadata about model or training are invalid; see `check_model`."""
     check_model(checkpoint, source)
     check_fields(checkpoint, source, _TRAINING)
 
 
 def _is_model_name(value: Any) -> bool:
-    """Whether timm creates it without looking elsewhere: ``hf-hub:`` and ``local-dir:`` name other places."""
+    """Return True for a name in timm's registry; ``hf-hub:`` and ``local-dir:`` would refer to other files."""
     return is_name(value) and ":" not in value and is_model(value.split(".")[0])
 
 
@@ -64,7 +64,7 @@ def _is_argument(value: Any) -> bool:
         return len(value) <= 1000 and all(map(_is_argument, value))
     if isinstance(value, Mapping):
         return all(type(key) is str for key in value) and all(map(_is_argument, value.values()))
-    return value is None or type(value) in (bool, str) or (is_number(value) and abs(value) <= _LARGEST_NUMBER)
+    return value is None or type(value) in (bool, str) or (is_number(value) and abs(value) <= _MAX_ARGUMENT)
 
 
 def _total(value: Any) -> int:
@@ -74,12 +74,15 @@ def _total(value: Any) -> int:
 
 
 def _is_data_config(value: Any) -> bool:
-    """Whether it is timm's data config; what is left out is the model's own."""
+    """Return True for timm's data config, whose entries are all optional."""
     if not isinstance(value, Mapping):
         return False
     size, mean, std = (value.get(key) for key in ("input_size", "mean", "std"))
     crop = value.get("crop_pct")
-    counts = (1, size[0] if isinstance(size, list | tuple) and size else 3)  # of numbers for the channels
+    counts = (
+        1,
+        size[0] if isinstance(size, list | tuple) and size else 3,
+    )  # one value, or one per channel
     return (
         (size is None or (is_list_of(size, _is_side) and len(size) == 3))
         and (mean is None or (is_list_of(mean, is_number) and len(mean) in counts))
@@ -91,24 +94,24 @@ def _is_data_config(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    return type(value) is int and 0 < value <= _LARGEST_SIDE
+    return type(value) is int and 0 < value <= _MAX_SIDE
 
 
 def _are_checkpoints(value: Any) -> bool:
-    """Whether it is what `engine.run_folder.Checkpoints` keeps."""
+    """Return True for a state of `engine.run_folder.Checkpoints`."""
     if not isinstance(value, Mapping) or not {"best", "kept"} <= value.keys():
         return False
     return (value["best"] is None or _is_ranked(value["best"])) and is_list_of(value["kept"], _is_ranked)
 
 
 def _is_ranked(value: Any) -> bool:
-    """Whether it is (epoch, metric); the metric of a diverged epoch is not finite."""
+    """Return True for a pair (epoch, metric); the metric of a diverged epoch is not finite."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     return is_pair and is_count(value[0]) and type(value[1]) in (int, float)
 
 
 def _are_processes(value: Any) -> bool:
-    """Whether it is what `engine.train` keeps of each process."""
+    """Return True for the states of processes that `engine.train` saves."""
     return is_list_of(
         value,
         lambda own: (
@@ -139,20 +142,20 @@ def _are_random_states(value: Any) -> bool:
 
 
 _MODEL: Fields = {
-    "arch": (_is_model_name, "the name of a model of timm's registry"),
-    "model_kwargs": (_are_arguments, "arguments of the model, which load nothing"),
-    "data_config": (_is_data_config, "timm's settings of preprocessing"),
-    "classes": (are_class_names, "a list of different names"),
+    "arch": (_is_model_name, "the name of a model in timm's registry"),
+    "model_kwargs": (_are_arguments, "arguments of the model that load nothing"),
+    "data_config": (_is_data_config, "timm's settings for preprocessing"),
+    "classes": (are_class_names, "a list of distinct names"),
     "exif_transpose": (lambda value: type(value) is bool, "true or false"),
 }
 _TRAINING: Fields = {
-    "epoch": (is_count, "a whole number from 0 on"),
-    "next_batch": (is_count, "a whole number from 0 on"),
+    "epoch": (is_count, "an integer from 0"),
+    "next_batch": (is_count, "an integer from 0"),
     "batching": (is_mapping, "settings by name"),
     "args": (lambda value: is_mapping(value) or hasattr(value, "__dict__"), "options by name"),
-    "optimizer": (is_optimizer, "the state of an optimizer of torch"),
+    "optimizer": (is_optimizer, "the state of a torch optimizer"),
     "amp_scaler": (is_mapping, "the state of a loss scale"),
     "plateau": (lambda value: is_mapping(value) and {"state", "restore_lr"} <= value.keys(), "a schedule's state"),
-    "checkpoints": (_are_checkpoints, "the best epoch and those that are kept"),
+    "checkpoints": (_are_checkpoints, "the best and the kept epochs"),
     "processes": (_are_processes, "the state of each process"),
 }

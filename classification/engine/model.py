@@ -20,10 +20,12 @@ from engine import metadata
 from engine.data import DECODING_ERRORS, decode_image, image_mode, why_undecodable
 from engine.options.shared import PreprocessingOptions
 from engine.options.train import AveragingOptions, ModelOptions
+from engine.remedies import naming_flags
 from mambavision import create_model, load_checkpoint
 from mambavision.checkpoint import EMA_KEYS, load_weights, read_checkpoint
 from mambavision.errors import CheckpointError, DataError, UserError
 from mambavision.text import nearest
+from mambavision.timm_model import TimmModel
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ IMPOSSIBLE_ARGUMENTS = (
 _UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
-def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+def create_any(name: str, pretrained: bool, arguments: dict[str, Any]) -> TimmModel:
     """Create a model by name; raise a UserError for arguments that it does not accept."""
     try:
         return create_model(name, pretrained=pretrained, **arguments)
@@ -67,11 +69,17 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return get_model_input_config(model)["input_size"]
 
 
-def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+def set_image_size(model: TimmModel, size: tuple[int, int]) -> None:
     """Adapt a model with weights for one image size to another (height, width)."""
     # Vision transformers and the like need this; others accept any size.
     if hasattr(model, "set_input_size") and not getattr(model, "dynamic_img_size", False):
         model.set_input_size(img_size=size)
+
+
+def placed(model: TimmModel, device: torch.device, channels_last: bool) -> TimmModel:
+    """Move a model to a device, and its weights into the memory format."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's stubs
 
 
 def data_config(model: nn.Module, options: Mapping[str, Any], use_test_size: bool = False) -> dict[str, Any]:
@@ -121,15 +129,16 @@ def model_arguments(options: ModelOptions, classes: list[str] | None) -> dict[st
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+@naming_flags(training=True)
 def build_model(
     options: ModelOptions, averaging: AveragingOptions, arguments: dict[str, Any], splits: int
-) -> nn.Module:
+) -> TimmModel:
     """Create the model that train.py trains, with its initial weights.
 
     Args:
-        options: Of the model.
-        averaging: Of the batch statistics.
-        arguments: Of the model's constructor.
+        options: Options of the model.
+        averaging: Options of batch statistics.
+        arguments: Arguments of the model's constructor.
         splits: Augmentation splits of a batch.
     """
     model = create_any(options.model, options.pretrained, arguments)
@@ -160,7 +169,7 @@ class Classifier:
     """A model with its preprocessing and class names."""
 
     name: str
-    model: nn.Module
+    model: TimmModel
     data_config: dict[str, Any]  # timm's: input_size, mean, std, crop_pct, crop_mode, interpolation
     classes: list[str] | None  # None if unknown
     exif_transpose: bool
@@ -177,6 +186,7 @@ class Classifier:
             raise DataError(f"{file}: cannot be decoded ({why_undecodable(error)})") from error
 
 
+@naming_flags()
 def open_classifier(
     options: PreprocessingOptions,
     name: str | None,
@@ -216,14 +226,13 @@ def open_classifier(
     if exif is None:
         exif = saved.get("exif_transpose", exif_default)
     config = _preprocessing(options, saved, model, use_test_size)
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=memory_format).eval()
+    model = placed(model, device, options.channels_last).eval()
     return Classifier(name, model, config, saved.get("classes"), exif)
 
 
 def _created(
     options: PreprocessingOptions, name: str, checkpoint: str, saved: dict[str, Any], untrained: bool
-) -> nn.Module:
+) -> TimmModel:
     own = saved.get("model_kwargs", {}) if name == saved.get("arch") else {}
     given = {
         "num_classes": options.num_classes,

@@ -47,8 +47,10 @@ class MesaTask(ClassificationTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         result = super().forward(input, target)
         if self.distilling:
+            averaged = self.get_eval_model(ema=True)
+            assert averaged is not None
             with torch.no_grad():
-                teacher = self.get_eval_model(ema=True)(input)
+                teacher = averaged(input)
             student_log = F.log_softmax(result["output"].float() / TEMPERATURE, dim=1)
             teacher_probability = F.softmax(teacher.float() / TEMPERATURE, dim=1)
             divergence = F.kl_div(student_log, teacher_probability, reduction="batchmean")

@@ -1,6 +1,7 @@
 """Drawing effective receptive fields of models side by side, before and after training."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def _panels(options: ReceptiveFieldOptions, device: torch.device) -> list[_Panel
             f"{len(models)} models and {len(checkpoints)} checkpoints: give one for each model ('' for "
             "released weights), or leave out --model for checkpoints of train.py."
         )
-    columns = list(zip(models or [None] * len(checkpoints), checkpoints or [""] * len(models), strict=True))
+    names: Sequence[str | None] = models or [None] * len(checkpoints)
+    columns = list(zip(names, checkpoints or [""] * len(models), strict=True))
     panels: list[_Panel] = []
     for number, (name, checkpoint) in enumerate(columns or [(None, "")]):
         for weights in dict.fromkeys(options.weights):
@@ -135,12 +137,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 def _figure(panels: list[_Panel], fields: list[ReceptiveField], squares: list[list[_Square]]):
     from matplotlib.figure import Figure  # slow to import
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Rectangle
 
     rows = len(dict.fromkeys(panel.weights for panel in panels))
     columns = len(panels) // rows
-    figure = Figure(figsize=(1.2 + 4 * columns, 0.5 + 4.2 * rows), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.06)
+    figure = Figure(figsize=(1.2 + 4 * columns, 0.5 + 4.2 * rows), layout=ConstrainedLayoutEngine(hspace=0.06))
     grid = figure.subplots(rows, columns, squeeze=False)
     shown = [display_scale(field.map).cpu().numpy() for field in fields]
     least = min(float(values.min()) for values in shown)
@@ -148,13 +150,13 @@ def _figure(panels: list[_Panel], fields: list[ReceptiveField], squares: list[li
         axes = grid[index % rows, index // rows]
         picture = axes.imshow(values, cmap="magma", vmin=least, vmax=1)
         height, width = values.shape
-        measured = [square for square in squares[index] if square.side]
-        for square in measured:
-            corner = width // 2 - square.side / 2, height // 2 - square.side / 2
-            axes.add_patch(Rectangle(corner, square.side, square.side, fill=False, edgecolor="cyan"))
+        measured = [(square.share, square.side) for square in squares[index] if square.side]
+        for _, side in measured:
+            corner = width // 2 - side / 2, height // 2 - side / 2
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="cyan"))
         axes.set_title(f"{panel.label}, {panel.weights} weights", fontsize=11)
-        shares = ", ".join(f"{100 * square.share:g}" for square in measured)
-        sides = ", ".join(str(square.side) for square in measured)
+        shares = ", ".join(f"{100 * share:g}" for share, _ in measured)
+        sides = ", ".join(str(side) for _, side in measured)
         caption = f"\n{shares} % of the influence\nin squares of side {sides}" if measured else ""
         axes.set_xlabel(f"x (pixels){caption}")
         axes.set_ylabel("y (pixels)")

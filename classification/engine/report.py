@@ -18,7 +18,15 @@ _CURVES_EVERY_SECONDS = 60.0
 
 
 class RunReport:
-    """Writes the metrics of every epoch to the run's folder."""
+    """Writes the metrics of every epoch to the run's folder.
+
+    Args:
+        folder: Folder of the run.
+        log_dir: Folder of the TensorBoard files.
+        first_epoch: First epoch of this start; later entries of an earlier start are discarded.
+        settings: Settings of the run.
+        use_wandb: Log to Weights & Biases as well.
+    """
 
     def __init__(
         self, folder: Path, log_dir: Path, first_epoch: int, settings: Mapping[str, Any], use_wandb: bool
@@ -60,10 +68,12 @@ class RunReport:
             self.draw_curves()
 
     def draw_curves(self) -> None:
+        """Draw the curves of all epochs so far."""
         draw_curves(self.folder / SUMMARY, self.folder / CURVES)
         self._curves_drawn = time.monotonic()
 
     def close(self) -> None:
+        """Draw the final curves and close all files."""
         if read_summary(self.folder):
             self.draw_curves()
         logging.getLogger().removeHandler(self._log_file)
@@ -77,9 +87,10 @@ def summary_row(
     epoch: int, train: Mapping[str, float], validation: Mapping[str, float], lr: float
 ) -> dict[str, float | str]:
     """Return the summary row of an epoch, with timm's columns."""
-    row = {"epoch": epoch}
+    row: dict[str, float | str] = {"epoch": epoch}
     row |= {f"train_{key}": value for key, value in train.items()}
-    return row | {f"eval_{key}": value for key, value in validation.items()} | {"lr": lr}
+    row |= {f"eval_{key}": value for key, value in validation.items()}
+    return row | {"lr": lr}
 
 
 def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
@@ -95,7 +106,7 @@ def write_summary(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> No
 
 
 def write_missing(folder: Path, rows: Sequence[Mapping[str, float | str]]) -> None:
-    """Write the summary and curves that are missing after a run was killed behind its last checkpoint."""
+    """Write the summary and curves if they are missing because the run was killed after its last checkpoint."""
     if len(read_summary(folder)) < len(rows):
         write_summary(folder, rows)
     if rows and not (folder / CURVES).exists():

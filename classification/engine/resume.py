@@ -9,6 +9,7 @@ from typing import Any
 from engine import metadata, run_folder
 from engine.options import TrainOptions
 from engine.options.train import RunOptions
+from engine.remedies import naming_flags
 from mambavision.checkpoint import read_checkpoint
 from mambavision.errors import CheckpointError, UserError
 from mambavision.running.folder_lock import FolderLock
@@ -33,7 +34,7 @@ class Resumed:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of its run, or None if the file lies elsewhere."""
+        """The folder of the run, or None if the file is not in one."""
         return run_folder.folder_of(self.path)
 
     @property
@@ -59,44 +60,48 @@ class Resumed:
 
 
 def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options with which a checkpoint was trained; empty if unknown."""
     settings = checkpoint.get("args") or {}  # timm and the originals save a namespace
     return settings if isinstance(settings, dict) else vars(settings)
 
 
+@naming_flags(training=True)
 def find(options: TrainOptions, group: Group, lock: FolderLock | None = None) -> Resumed | None:
-    """Return the checkpoint that a command resumes, or None if it starts anew; collective.
+    """Return the checkpoint that a command resumes, or None if it starts a new run; collective.
 
-    A preempted run is resumed unasked by the command that started it. Of several runs of a tag, ``--resume auto``
-    chooses the one that was started or resumed last, and its newest readable checkpoint by epoch and batch.
+    The command that started a preempted run resumes it automatically. Among several runs with the same tag,
+    ``--resume auto`` selects the one that was started or resumed last, and its newest readable checkpoint by epoch and
+    batch.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         group: All processes.
-        lock: Acquires the folder of the run before a checkpoint in it is chosen. Without it, nothing is written.
+        lock: Locks the folder of the run before a checkpoint in it is selected; without it, nothing is written.
 
     Raises:
-        UserError: The run is being trained by another process.
+        CheckpointError: The checkpoint cannot be read, or lacks its epoch.
+        UserError: Another process is training the run.
     """
     found: Found | None = None
 
     def choose() -> tuple[Path | None, bool]:
         nonlocal found
-        found, is_unasked = _choose(options, lock)
-        return found and found[0], is_unasked
+        found, is_automatic = _choose(options, lock)
+        return found and found[0], is_automatic
 
     resume = options.model.resume
-    path, is_unasked = group.call_on_first(choose)
+    path, is_automatic = group.call_on_first(choose)
     if path is None:
         if resume == AUTO:
             folder = run_folder.runs_folder(options.run.output, options.run.tag) / options.run.experiment
             _logger.info("nothing to resume in %s: starting a new run", folder)
         return None
-    is_named = not is_unasked and resume != AUTO
+    is_named = not is_automatic and resume != AUTO
     checkpoint = found[1] if found else read_checkpoint(path, is_named and options.model.trust_checkpoint)
     if checkpoint.get("epoch") is None:
         raise CheckpointError(f"{path}: does not contain its epoch; start from its weights with --initial-checkpoint.")
     metadata.check_training(checkpoint, str(path))
-    if is_unasked:  # the other options for resuming were meant for the first start
+    if is_automatic:  # --no-resume-opt and --start-epoch were for the first start
         _logger.info("resuming %s: its run was preempted (--resume never starts a new run)", path)
         return Resumed(path, checkpoint)
     _logger.info("resuming %s", path)
@@ -104,7 +109,7 @@ def find(options: TrainOptions, group: Group, lock: FolderLock | None = None) ->
 
 
 def _choose(options: TrainOptions, lock: FolderLock | None) -> tuple[Found | None, bool]:
-    """Return path and content of the checkpoint to resume, and True if its run is resumed unasked."""
+    """Return path and content of the checkpoint to resume, and True if its run is resumed automatically."""
     resume = options.model.resume
     preempted = [folder for folder in _same_runs(options) if should_resume(folder, resume) is not None]
     if (found := _newest(preempted, lock)) is not None:
@@ -120,7 +125,7 @@ def _choose(options: TrainOptions, lock: FolderLock | None) -> tuple[Found | Non
 
 
 def _newest(folders: Iterable[Path], lock: FolderLock | None) -> Found | None:
-    """Return the newest checkpoint of the newest run that has one, and lock the folder of that run."""
+    """Return the newest checkpoint of the newest run with one, and lock the folder of that run."""
     newest_first = sorted(folders, key=lambda folder: (run_folder.position_of(folder), folder.name), reverse=True)
     advice = "or name another run with --experiment or --resume FILE"
     for folder in newest_first:
@@ -135,7 +140,7 @@ def _newest(folders: Iterable[Path], lock: FolderLock | None) -> Found | None:
 
 
 def forget_preempted(options: TrainOptions, own: Path) -> None:
-    """Stop preempted runs of the same command from being resumed unasked: a new run in `own` replaces them."""
+    """Prevent the automatic resumption of preempted runs of the same command, as a new run in `own` replaces them."""
     for folder in _same_runs(options):
         if folder != own:
             try:
@@ -143,7 +148,7 @@ def forget_preempted(options: TrainOptions, own: Path) -> None:
                     lock.acquire(folder, "or leave it alone")
                     finish(folder)
             except UserError as error:
-                _logger.warning("will still be resumed unasked: %s", error)
+                _logger.warning("will still be resumed automatically: %s", error)
 
 
 def _same_runs(options: TrainOptions) -> list[Path]:

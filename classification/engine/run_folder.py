@@ -1,4 +1,4 @@
-"""The folder of a training run: its settings, checkpoints and summary."""
+"""The folder of a training run: settings, checkpoints and summary."""
 
 import itertools
 import math
@@ -69,12 +69,13 @@ def claim_new_folder(
 
 
 def run_folders(output: str, tag: str, experiment: str) -> list[Path]:
-    """Return the folder of an experiment, or without one the folders of all runs of a tag."""
+    """Return the folder of an experiment or, without a name of one, those of all runs of a tag."""
     parent = runs_folder(output, tag)
     return [parent / experiment] if experiment else list(parent.glob("*/"))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoint files of a run, except the copy of the best one."""
     return [path for name in (LAST, RECOVERY, f"{_NUMBERED}*.pth.tar") for path in folder.glob(name)]
 
 
@@ -86,20 +87,20 @@ def positions_in(folder: Path) -> list[Position]:
 def position_of(folder: Path) -> Position:
     """Return the position of the newest checkpoint of a run; empty without checkpoints."""
     numbered = folder.glob(f"{_NUMBERED}*.pth.tar")
-    for paths in ([folder / LAST, folder / RECOVERY], numbered):  # the others are never newer than these two
+    for paths in ([folder / LAST, folder / RECOVERY], numbered):  # numbered ones are never newer than these two
         if known := [position(outline) for path in paths if (outline := read_outline(path)) is not None]:
             return max(known)
     return ()
 
 
 def folder_of(checkpoint: Path) -> Path | None:
-    """Return the run folder that a checkpoint lies in, or None if it lies elsewhere."""
+    """Return the run folder that contains a checkpoint, or None if it is elsewhere."""
     return checkpoint.parent if (checkpoint.parent / SETTINGS).exists() else None
 
 
 def settings_of(options: TrainOptions) -> dict[str, Any]:
     """Return the options that define a run, in YAML's types."""
-    # Not the origin of options, how the run was started, nor what only a command line may set.
+    # Not the source of the options, how the run was started, or options for the command line only.
     excluded = ("config", "local_rank", "resume", "trust_checkpoint")
     return _plain({key: value for key, value in options.flat().items() if key not in excluded})
 
@@ -126,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Checkpoints:
-    """Checkpoint files of a run: the last epoch, the best, and the `keep` best under their number."""
+    """Checkpoint files of a run: of the last epoch, of the best, and of the `keep` best ones by number."""
 
     folder: Path
     keep: int
@@ -144,9 +145,9 @@ class Checkpoints:
         return is_best
 
     def write(self, checkpoint: Mapping[str, Any], epoch: int, is_best: bool) -> None:
-        """Write the checkpoint of a complete epoch; older files are removed afterwards.
+        """Write the checkpoint of a complete epoch, then remove older files.
 
-        ``last.pth.tar`` is written last: it names the best epoch, whose weights must exist by then.
+        ``last.pth.tar`` is written last, because it refers to the best epoch, whose weights must exist.
         """
         self.kept, dropped = self.kept[: self.keep], self.kept[self.keep :]
         is_kept = any(epoch == kept_epoch for kept_epoch, _ in self.kept)
@@ -160,14 +161,16 @@ class Checkpoints:
         (self.folder / RECOVERY).unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any]:
+        """Return the ranking, for a checkpoint."""
         return {"best": self.best, "kept": list(self.kept)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the ranking that `state` returned, without files that no longer exist."""
         self.best = state["best"]
         self.kept = [entry for entry in state["kept"] if self._numbered(entry[0]).exists()]
 
     def _merit(self, metric: float) -> float:
-        """Return a number that is higher for better metrics; non-finite metrics are worst."""
+        """Return a number that is higher for better metrics; non-finite metrics rank last."""
         if not math.isfinite(metric):
             return -math.inf
         return -metric if self.lower_is_better else metric

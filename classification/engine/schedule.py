@@ -61,8 +61,8 @@ def build_scheduler(
     The schedule advances with every optimizer step, except with --lr-ep and for plateau, which needs scores.
 
     Args:
-        options: Of train.py.
-        optimizer: Whose learning rate is scheduled.
+        options: Options of train.py.
+        optimizer: The optimizer whose learning rate is scheduled.
         batches: Number of batches of this process in an epoch.
         world_size: Number of processes.
     """

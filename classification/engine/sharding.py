@@ -19,9 +19,9 @@ _BLOCK = re.compile(r"(^|\.)blocks\.\d+$")  # gathered one at a time; in all mod
 def shard(task: TrainingTask, group: Group) -> None:
     """Shard a task's model and its average across all processes; before the optimizer is created."""
     mesh = init_device_mesh(group.device.type, (group.size,))
-    models = [task.get_trainable_module()]
+    models: list[Any] = [task.get_trainable_module()]
     if task.has_ema():
-        average = task.get_trainable_module(ema=True)
+        average: Any = task.get_trainable_module(ema=True)
         average.foreach = False  # torch cannot mix sharded weights with whole buffers in one call
         models.append(average.module)
     for model in models:

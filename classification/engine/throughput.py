@@ -4,7 +4,7 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from engine.acceleration import amp_dtype_name, compile_arguments, compiled, mixed_precision
-from engine.model import create_any, input_size, set_image_size
+from engine.model import create_any, input_size, placed, set_image_size
 from engine.options import ThroughputOptions
 from mambavision.complexity import Complexity, complexity
 from mambavision.files import check_writable, replacing
@@ -72,7 +72,7 @@ def compare(options: ThroughputOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device, this_process())
-    sides = options.resolution or [None]
+    sides: Sequence[int | None] = options.resolution or [None]
     contestants = [_warmed_up(options, name, side, device) for name in options.model for side in sides]
     seconds: list[list[float]] = [[each.turn(device) for each in contestants] for _ in range(options.rounds)]
     timings = [_timing(contestants, index, seconds) for index in range(len(contestants))]
@@ -86,6 +86,7 @@ def compare(options: ThroughputOptions) -> None:
 def _warmed_up(options: ThroughputOptions, name: str, side: int | None, device: torch.device) -> _Contestant:
     """Return a model that has run, halving the batch until it fits into memory."""
     batch_size = options.batch_size
+    contestant: _Contestant | None
     while True:
         try:
             contestant = _contestant(options, name, side, batch_size, device)
@@ -111,7 +112,7 @@ def _contestant(
     set_image_size(model, size[1:])
     counts = complexity(model, size)
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=memory_format).train(options.train)
+    model = placed(model, device, options.channels_last).train(options.train)
     images = torch.randn(batch_size, *size, device=device).to(memory_format=memory_format)
     autocast = mixed_precision(options.speed, device)
     forward = compiled(options.speed, model)
@@ -153,17 +154,16 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> float | Non
     """Return the peak memory of one run in MiB, beyond the memory held before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         run()
         _synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
         before = _resident_mib("VmRSS")
         run()
-        return max(
-            0.0, _resident_mib("VmHWM") - before
-        )  # may be negative for a small run: the kernel counts pages late
+        # The kernel counts pages late: the difference may be negative for a small run.
+        return max(0.0, _resident_mib("VmHWM") - before)
     except OSError:
         return None
 

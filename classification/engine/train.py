@@ -19,7 +19,8 @@ from engine.checks import check_options
 from engine.data import check_same_classes, log_skipped, open_training_data
 from engine.evaluate import evaluate
 from engine.learner import Learner
-from engine.model import build_model, channels_of, data_config, model_arguments
+from engine.model import build_model, channels_of, data_config, model_arguments, placed
+from engine.objective import MesaTask
 from engine.options import TrainOptions
 from mambavision.checkpoint import save_checkpoint
 from mambavision.errors import Interruption, NonFiniteError, Preempted
@@ -58,13 +59,13 @@ def train(options: TrainOptions) -> None:
 
 
 class Trainer:
-    """A training run, as seen by one process. Nothing is written before everything is built.
+    """The part of a training run in one process. Nothing is written until everything is built.
 
     Args:
-        options: Of train.py.
+        options: Options of train.py.
         group: All processes.
         signals: Requests to stop.
-        lock: Acquires the run's folder, on the first process. Without it, nothing may be written.
+        lock: Locks the run's folder, on the first process. Without it, nothing may be written.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class Trainer:
             check_same_classes(resumed.checkpoint.get("classes"), self.classes, "the checkpoint", "the data")
         self.model_arguments = model_arguments(options.model, self.classes)
         splits = options.augmentation.aug_splits
-        model = build_model(options.model, options.averaging, self.model_arguments, splits).to(group.device)
+        model = build_model(options.model, options.averaging, self.model_arguments, splits)
         self.memory_format = torch.channels_last if options.model.channels_last else torch.contiguous_format
-        model = model.to(memory_format=self.memory_format)
+        model = placed(model, group.device, options.model.channels_last)
         self.data_config = data_config(model, vars(options.model))
         self.batches = build_batches(options, self.data_config, model.num_classes, train_data, validation_data, group)
         self.learner = Learner(options, group, model, len(self.batches.train), resumed)
@@ -100,8 +101,9 @@ class Trainer:
         self.first_epoch, self.first_batch = options.schedule.start_epoch or 0, 0
         self.epoch_so_far = dict(_NO_BATCH)  # of this process
         random_seed(run.seed, group.rank)
-        self.is_new = not (resumed and resumed.folder)
-        self.folder = self._new_folder() if self.is_new else resumed.folder
+        own_folder = resumed.folder if resumed else None
+        self.is_new = own_folder is None
+        self.folder: Path = own_folder or self._new_folder()
         self.checkpoints = run_folder.Checkpoints(self.folder, run.checkpoint_hist, run.eval_metric == "loss")
         self.start = new_start_number(run_folder.positions_in(self.folder) if group.is_first else ())
         if resumed:
@@ -230,7 +232,7 @@ class Trainer:
         log_dir = self.log_dir or self.folder / "tensorboard"
         reporter = report.RunReport(self.folder, log_dir, self.first_epoch, settings, options.run.log_wandb)
         report.write_summary(self.folder, self.rows)
-        parameters = sum(parameter.numel() for parameter in self.learner.task.get_trainable_module().parameters())
+        parameters = sum(parameter.numel() for parameter in self.learner.parameters())
         _logger.info(
             "%s: %.1f M parameters on %s x %d, %d epochs of %d batches of %d; writing to %s",
             options.model.model,
@@ -276,6 +278,7 @@ class Trainer:
             self._check_folder()
             report.write_summary(self.folder, self.rows)
             reporter.epoch(epoch, training, scores["raw"], scores.get("averaged"), lr)
+        assert self.checkpoints.best is not None  # after `rank`
         best_epoch, best = self.checkpoints.best
         remaining = (time.monotonic() - started) * (self.num_epochs - 1 - epoch)
         _logger.info(
@@ -292,7 +295,7 @@ class Trainer:
             self.batches.train.stop_mixup()
             if self.batches.mixup is not None:
                 self.batches.mixup.mixup_enabled = False
-        if averaging.mesa:
+        if isinstance(self.learner.task, MesaTask):
             self.learner.task.distilling = epoch / self.options.schedule.epochs > averaging.mesa_start_ratio
 
     def _scores(self) -> dict[str, dict[str, float]]:
@@ -313,9 +316,8 @@ class Trainer:
                 )
         return scores
 
-    def _after_validation_batch(self, line: ProgressLine | None, batch: int, images: int) -> None:
-        if line is not None:
-            line.step()
+    def _after_validation_batch(self, line: ProgressLine, batch: int, images: int) -> None:
+        line.step()
         # With a stream, processes may have different numbers of batches, and cannot communicate after each of them.
         can_ask = not self.group.is_distributed or not isinstance(self.datasets[1], IterableDataset)
         if can_ask:
@@ -350,7 +352,7 @@ class Trainer:
                 images_here += len(images)
                 is_asked = is_step and self._finish_step()
                 rate = images_here * self.group.size / (time.monotonic() - started)
-                is_logged = line is not None and line.step(partial(self._progress_text, total_loss, rate))
+                is_logged = line.step(partial(self._progress_text, total_loss, rate))
                 if is_logged and run.save_images:
                     self._save_images(images, epoch, batch)
                 if is_step:

@@ -14,7 +14,6 @@ from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key
 from torch import nn
-from torch.utils.data import Dataset
 
 from engine import data
 from engine.acceleration import compiled, mixed_precision
@@ -97,7 +96,7 @@ class _Opened:
 
     classifier: Classifier
     checkpoint: str
-    dataset: Dataset
+    dataset: data.ImageData
     columns: list[int] | None  # columns of the logits to use; None for all
 
 
@@ -174,7 +173,7 @@ def _score(options: ValidateOptions, opened: _Opened, group: Group, batch_size: 
             distributed=group.is_distributed,
             classes=opened.columns,
             real_labels=real_labels,
-            on_batch=lambda batch, images: line and line.step(),
+            on_batch=lambda batch, images: line.step(),
         )
     data.log_skipped(dataset)
     if not math.isfinite(scores["loss"]):
@@ -188,7 +187,8 @@ def _score(options: ValidateOptions, opened: _Opened, group: Group, batch_size: 
 
 
 def _prepared(options: ValidateOptions, classifier: Classifier) -> tuple[nn.Module, bool]:
-    model, is_test_pooled = classifier.model, False
+    model: Any = classifier.model
+    is_test_pooled = False
     if options.model.test_pool:
         model, is_test_pooled = apply_test_time_pool(model, classifier.data_config)
     model = compiled(options.speed, model)
@@ -210,7 +210,7 @@ def _columns(path: str | None, num_classes: int) -> list[int] | None:
     return columns
 
 
-def _check_classes(dataset: Dataset, classifier: Classifier, columns: list[int] | None, checkpoint: str) -> None:
+def _check_classes(dataset: data.ImageData, classifier: Classifier, columns: list[int] | None, checkpoint: str) -> None:
     names = data.class_names(dataset)
     if columns is None:
         data.check_same_classes(classifier.classes, names, checkpoint, "the data")
@@ -224,7 +224,7 @@ def _check_classes(dataset: Dataset, classifier: Classifier, columns: list[int] 
         )
 
 
-def _real_labels(path: str | None, dataset: Dataset, group: Group) -> RealLabelsImagenet | None:
+def _real_labels(path: str | None, dataset: data.ImageData, group: Group) -> RealLabelsImagenet | None:
     if path is None:
         return None
     if len(dataset) != _IMAGENET_VALIDATION_IMAGES or group.is_distributed:

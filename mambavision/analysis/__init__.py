@@ -1,4 +1,4 @@
-"""What models look at: effective receptive fields, and attention maps of scans and of softmax attention."""
+"""Analysis of models: effective receptive fields, and attention maps of scans and softmax attention."""
 
 from mambavision.analysis.attention import (
     MapKind,

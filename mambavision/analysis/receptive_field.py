@@ -1,36 +1,41 @@
-"""Effective receptive field: how much each pixel moves the middle of a feature map (Luo et al. 2016,
-https://arxiv.org/abs/1701.04128; in the form of Ding et al. 2022, https://arxiv.org/abs/2203.06717)."""
+"""Effective receptive fields: the influence of each pixel on the centre of a feature map.
+
+Introduced by Luo et al. 2016 (https://arxiv.org/abs/1701.04128), here in the form of Ding et al. 2022
+(https://arxiv.org/abs/2203.06717).
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambavision.errors import ArgumentError
+from mambavision.timm_model import TimmModel
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """The mean of the maps of several images."""
+    """Mean effective receptive field of several images."""
 
     map: Tensor  # (height, width), float64
-    images: int  # that the mean is of
-    skipped: int  # whose maps were not finite
+    images: int  # number of images in the mean
+    skipped: int  # number of images whose maps are not finite
 
 
-def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1) -> ReceptiveField:
+def receptive_field(model: TimmModel, batches: Iterable[Tensor], stage: int = -1) -> ReceptiveField:
     """Return the mean effective receptive field over images.
 
     Args:
-        model: As for `receptive_field_maps`.
-        batches: Batches (batch, channels, height, width) of images, all of one size, on the model's device.
-        stage: As for `receptive_field_maps`.
+        model: See `receptive_field_maps`.
+        batches: Batches (batch, channels, height, width) of images of one size, on the model's device.
+        stage: See `receptive_field_maps`.
 
     Raises:
-        ArgumentError: There are no images, or no map is finite.
+        ArgumentError: There are no images, no map is finite, or the model has no such stage.
     """
-    total, images, skipped = None, 0, 0
+    total: Tensor | None = None
+    images = skipped = 0
     for batch in batches:
         maps = receptive_field_maps(model, batch, stage)
         finite = maps.isfinite().flatten(1).all(dim=1)
@@ -38,23 +43,21 @@ def receptive_field(model: nn.Module, batches: Iterable[Tensor], stage: int = -1
         total = added if total is None else total + added
         images += int(finite.sum())
         skipped += int((~finite).sum())
-    if not images:
-        raise ArgumentError(
-            f"no receptive field: of {skipped} images not one has a finite gradient; check the weights."
-        )
+    if total is None or not images:
+        raise ArgumentError(f"no receptive field: none of {skipped} images has a finite gradient; check the weights.")
     return ReceptiveField(total / images, images, skipped)
 
 
-def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> Tensor:
-    """Return each image's effective receptive field.
+def receptive_field_maps(model: TimmModel, images: Tensor, stage: int = -1) -> Tensor:
+    """Return the effective receptive field of each image.
 
-    The positive part of the gradient, summed over the image's channels, of the activations in the middle of the
-    stage's output, rectified and summed over their channels. The model is in evaluation mode for this.
+    This is the gradient of the central activations of a stage, rectified and summed over their channels, with respect
+    to the image; of the gradient, the positive part is summed over the channels. The model runs in evaluation mode.
 
     Args:
-        model: With timm's `forward_intermediates`.
+        model: A model with timm's `forward_intermediates`.
         images: (batch, channels, height, width).
-        stage: Which of the intermediates, before any final norm; negative counts from the last.
+        stage: Index of the stage, whose features are taken before any final norm; negative ones count from the last.
 
     Returns:
         (batch, height, width)
@@ -76,7 +79,8 @@ def receptive_field_maps(model: nn.Module, images: Tensor, stage: int = -1) -> T
     return gradient.relu().sum(dim=1)
 
 
-def check_stage(model: nn.Module, stage: int) -> None:
+def check_stage(model: TimmModel, stage: int) -> None:
+    """Raise an ArgumentError if a model has no intermediate features, or lacks a stage."""
     if not hasattr(model, "forward_intermediates"):
         raise ArgumentError(f"{type(model).__name__}: has no intermediate features (forward_intermediates of timm).")
     count = len(model.feature_info)
@@ -85,26 +89,26 @@ def check_stage(model: nn.Module, stage: int) -> None:
 
 
 def display_scale(field: Tensor) -> Tensor:
-    """Return a map in 0 ... 1 in which the eye sees the faint parts as well: its fifth root, over the largest value."""
+    """Return a map scaled to [0, 1] for display: the fifth root, which makes faint parts visible."""
     root = field**0.2
     return root / root.max()
 
 
 def smallest_square(field: Tensor, share: float) -> tuple[int, float] | None:
-    """Return the smallest square around the middle that holds more than a share of the sum of a map.
+    """Return the smallest centred square that contains more than a share of the sum of a map.
 
     Args:
         field: (height, width).
-        share: Of the sum, below 1.
+        share: Share of the sum, below 1.
 
     Returns:
-        Its side in pixels, an odd number from 3 on, and its area over that of the map; None if no square that lies
-        within the map holds so much.
+        The side of the square in pixels, an odd number from 3, and its area relative to the map; None if no square
+        within the map contains so much.
     """
     height, width = field.shape
     rows = (torch.arange(height) - height // 2).abs()
     columns = (torch.arange(width) - width // 2).abs()
-    ring = torch.maximum(rows[:, None], columns[None])  # which square's border a pixel is on
+    ring = torch.maximum(rows[:, None], columns[None])  # radius of the square on whose border a pixel lies
     held = torch.bincount(ring.flatten(), weights=field.double().cpu().flatten()).cumsum(0)
     for radius in range(1, (min(height, width) - 1) // 2 + 1):
         if held[radius] > share * held[-1]:

@@ -1,6 +1,6 @@
-"""What a block hands to its scan or attention, recorded while the model runs.
+"""Recording of the inputs of a block's scan or attention while the model runs.
 
-The models know nothing of it: a mode of torch sees the operators that are called.
+A torch function mode intercepts the operators, so the models need no support for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mambavision.errors import ArgumentError
+from mambavision.models.staged import StagedModel
 from mambavision.text import nearest
+from mambavision.timm_model import TimmModel
 from vision_kernels.cross_scan import ROUTES, Route
 from vision_kernels.mamba_mixer.composed import mamba_mixer_composed
 from vision_kernels.ss2d.unfused import scan_arguments
@@ -21,19 +23,19 @@ from vision_kernels.ss2d.unfused import scan_arguments
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the positions of sequences lie in a map.
+    """Places of the positions of sequences in a map.
 
-    A sequence is a window of the map, in row-major order. Windows stand row after row; the last ones of a row or column
-    may reach beyond the map, over padding. Models without windows have a single one.
+    A sequence is a window of the map, in row-major order. Windows are ordered row by row; the last ones of a row or
+    column may extend into padding. Models without windows have a single one.
     """
 
     height: int  # of the map
     width: int
-    window: tuple[int, int]  # height and width
+    window: tuple[int, int]  # height and width of a window
 
     @property
     def windows(self) -> tuple[int, int]:
-        """Rows and columns of windows."""
+        """Numbers of rows and columns of windows."""
         return -(-self.height // self.window[0]), -(-self.width // self.window[1])
 
 
@@ -41,10 +43,10 @@ class Layout:
 class ScanRecord:
     """The selective scans of a block."""
 
-    delta: Tensor  # (batch x windows, routes, dim, length), behind the softplus
+    delta: Tensor  # (batch x windows, routes, dim, length), after the softplus
     A: Tensor  # (routes, dim, state)
     B: Tensor  # (batch x windows, routes, state, length)
-    C: Tensor  # as B
+    C: Tensor  # like B
     routes: tuple[Route, ...]  # the order in which each route reads a window
     layout: Layout
 
@@ -53,12 +55,12 @@ class ScanRecord:
 class AttentionRecord:
     """The softmax attention of a block."""
 
-    weights: Tensor  # (batch x windows, heads, length, length), rows sum up to one
+    weights: Tensor  # (batch x windows, heads, length, length); rows sum to one
     layout: Layout
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the arguments of scans and attention."""
+    """Records the arguments of scans and attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,37 +80,41 @@ class _Recorder(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def block_name(model: nn.Module, stage: int, block: int) -> str:
-    """Return the name of a block of a model in stages, such as ``layers.2.blocks.1``; of another model,
-    ``blocks.1``.
+def block_name(model: TimmModel, stage: int, block: int) -> str:
+    """Return the name of a block: ``layers.2.blocks.1`` in a model with stages, ``blocks.1`` in others.
 
     Raises:
-        ArgumentError: There is no such stage or block.
+        ArgumentError: The stage or block does not exist.
     """
     prefix = ""
-    if hasattr(model, "stages_name"):
+    if isinstance(model, StagedModel):
         if not 0 <= stage < len(model.stages):
-            raise ArgumentError(f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, from 0 on.")
+            raise ArgumentError(
+                f"{type(model).__name__}: has no stage {stage}; it has {len(model.stages)}, counted from 0."
+            )
         prefix = model.feature_info[stage]["module"] + "."
     names = dict(model.named_modules())
     blocks = names.get(f"{prefix}blocks", ())
     if not 0 <= block < len(blocks):
         where = f"stage {stage} of " if prefix else ""
-        raise ArgumentError(f"{where}{type(model).__name__}: has no block {block}; it has {len(blocks)}, from 0 on.")
+        raise ArgumentError(
+            f"{where}{type(model).__name__}: has no block {block}; it has {len(blocks)}, counted from 0."
+        )
     return f"{prefix}blocks.{block}"
 
 
 @torch.no_grad()
-def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> list[ScanRecord | AttentionRecord]:
-    """Run a model in evaluation mode and return what its blocks hand to their scans or attention.
+def record_blocks(model: TimmModel, images: Tensor, names: Sequence[str]) -> list[ScanRecord | AttentionRecord]:
+    """Run a model in evaluation mode and return the inputs of the scans or attention of some blocks.
 
     Args:
-        model: VMamba or MambaVision; or a vision transformer of timm, whose attention is fused.
+        model: VMamba, MambaVision, or a vision transformer of timm with fused attention.
         images: (batch, channels, height, width).
-        names: Of modules with one (two-dimensional) scan or attention each, such as ``layers.2.blocks.1``.
+        names: Names of modules with one (two-dimensional) scan or attention each, such as ``layers.2.blocks.1``.
 
     Raises:
-        ArgumentError: There is no module of that name, or it has not one scan or attention over a whole map or window.
+        ArgumentError: There is no module with that name, or it does not have exactly one scan or attention over a whole
+            map or window.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -119,8 +125,8 @@ def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> lis
 
     def record(name: str) -> Callable:
         def run(module, args, kwargs):
-            # A run for the recorder alone: a mode that is entered here and left behind the module would stay if
-            # the module fails.
+            # An extra run for the recorder: a mode entered in this hook and left in one after the module would remain
+            # active if the module failed.
             with _Recorder() as recorder:
                 module.forward(*args, **kwargs)
             calls[name] = recorder.calls
@@ -145,21 +151,21 @@ def record_blocks(model: nn.Module, images: Tensor, names: Sequence[str]) -> lis
 
 
 def _record(
-    model: nn.Module, name: str, calls: list, sizes: dict[str, torch.Size], images: Tensor
+    model: TimmModel, name: str, calls: list, sizes: dict[str, torch.Size], images: Tensor
 ) -> ScanRecord | AttentionRecord:
     what = f"{name} of {type(model).__name__}"
     if not calls:
         raise ArgumentError(f"{what}: has neither a selective scan nor fused attention; choose another block.")
     if len(calls) > 1:
-        raise ArgumentError(f"{what}: has {len(calls)} scans, one after the other, of which there is no common map.")
+        raise ArgumentError(f"{what}: has {len(calls)} consecutive scans, which have no common map.")
     ((function, args, kwargs),) = calls
     if function is torch.ops.vision_kernels.ss2d:
         return _of_ss2d(*args[:-1])
     layout, prefix = _layout(model, name, what, sizes, images)
     if function is torch.ops.vision_kernels.selective_scan:
-        return _of_scan(*args[:-1], layout)
+        return _of_scan(layout, *args[:-1])
     query, key, _, *others = args
-    # Attention to the identity matrix is the matrix of attention, whatever masks and scales there are.
+    # With the identity matrix as values, the result is the attention matrix, including masks and scales.
     identity = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device).expand(*key.shape[:-1], -1)
     weights = function(query, key, identity, *others, **kwargs)
     return AttentionRecord(weights[..., prefix:, prefix:], layout)
@@ -174,8 +180,8 @@ def _of_ss2d(
     return ScanRecord(delta, A, B, C, ROUTES[routes], Layout(height, width, (height, width)))
 
 
-def _of_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, layout: Layout) -> ScanRecord:
-    """Those of a scan along one route."""
+def _of_scan(layout: Layout, u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last) -> ScanRecord:
+    """Return the record of a scan along one route."""
     if channels_last:
         delta, B, C = (each.movedim(1, -1) for each in (delta, B, C))
     delta = delta.float() if delta_bias is None else delta.float() + delta_bias[:, None]
@@ -183,17 +189,17 @@ def _of_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, channels_last, la
     return ScanRecord(delta[:, None], A[None], B.float(), C.float(), ROUTES["unidirectional"][:1], layout)
 
 
-def _layout(model: nn.Module, name: str, what: str, sizes: dict[str, torch.Size], images: Tensor) -> tuple[Layout, int]:
-    """Return the layout of the sequences of a block, and how many tokens without a place stand in front of them."""
+def _layout(model: TimmModel, name: str, what: str, sizes: dict[str, torch.Size], images: Tensor) -> tuple[Layout, int]:
+    """Return the layout of a block's sequences, and the number of prefix tokens before them."""
     stage = name.rpartition(".blocks.")[0]
     window = getattr(model.get_submodule(stage), "window", None)
     if stage and window:
-        return Layout(*sizes[stage], (window, window)), 0
+        height, width = sizes[stage]
+        return Layout(height, width, (window, window)), 0
     if not stage and hasattr(model, "num_prefix_tokens"):
-        size = tuple(
-            length // patch for length, patch in zip(images.shape[2:], model.patch_embed.patch_size, strict=True)
-        )
-        return Layout(*size, size), model.num_prefix_tokens
+        patch_height, patch_width = model.patch_embed.patch_size
+        height, width = images.shape[2] // patch_height, images.shape[3] // patch_width
+        return Layout(height, width, (height, width)), model.num_prefix_tokens
     raise ArgumentError(
-        f"{what}: the places of its tokens in the image are not known; choose a VMamba, MambaVision or ViT."
+        f"{what}: the places of its tokens in the image are unknown; choose a VMamba, MambaVision or ViT."
     )

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import timm.models
 import torch
 import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +20,12 @@ def activation(name: Activation) -> type[nn.Module]:
     """Return the module of an activation."""
     check_choice("activation", name, Activation)
     return {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}[name]
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Return the stochastic depth rates of the blocks of each stage, rising linearly from 0 to that of the last."""
+    rates: Any = calculate_drop_path_rates(last, list(depths), stagewise=True)  # without stagewise, one flat list
+    return rates
 
 
 def check_choice(name: str, value: object, literal: object) -> None:
@@ -40,15 +47,18 @@ def checkpoint(module: nn.Module, *args: Any) -> Tensor:
 @contextlib.contextmanager
 def _without_statistics(module: nn.Module) -> Iterator[None]:
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    before = [norm.momentum for norm in norms], [counter.clone() for counter in counters]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, count in before:
+        momenta, counts = before
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for counter, count in zip(counters, counts, strict=True):
+            counter.copy_(count)
 
 
 # Modules for channels-last maps, (batch, height, width, channels) -> (batch, height, width, other channels).

@@ -7,12 +7,13 @@ Parameter names and numbers are those of the released checkpoints.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import Attention, DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from mambavision.models.build import build
 from mambavision.models.layers import (
     InnerLinear,
     check_choice,
+    drop_path_rates,
     init_dt_bias_,
     is_plain,
     window_partition,
@@ -163,9 +165,9 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 class Level(Stage):
     """A stage of convolution blocks, or of token blocks on windows."""
 
-    def __init__(self, blocks: list[nn.Module], downsample: nn.Module, window: int | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, window: int | None) -> None:
         super().__init__(blocks, downsample)
-        self.window = window  # None: the blocks are convolutions and take the map as it is
+        self.window = window  # None for convolution blocks, which take the whole map
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim, H, W) -> same shape."""
@@ -214,15 +216,16 @@ class MambaVision(StagedModel):
     """
 
     stages_name = "levels"
+    levels: Any  # nn.ModuleList of `Level`
     norm_names = ("norm",)
 
     def __init__(
         self,
         dim: int,
         in_dim: int,
-        depths: tuple[int, int, int, int],
-        window_size: tuple[int, int, int, int],
-        num_heads: tuple[int, int, int, int],
+        depths: Sequence[int],
+        window_size: Sequence[int],
+        num_heads: Sequence[int],
         mlp_ratio: float = 4.0,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -244,11 +247,12 @@ class MambaVision(StagedModel):
         self.num_features = dim * 8
         self.decay_A_log = decay_A_log
 
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
 
         def token_block(stage: int, index: int) -> TokenBlock:
             width = dim * 2**stage
             # The first ceil(depth / 2) blocks are Mamba mixers.
+            mixer: nn.Module
             if index < (depths[stage] + 1) // 2:
                 mixer = MambaVisionMixer(width)
             else:
@@ -269,6 +273,7 @@ class MambaVision(StagedModel):
         self.feature_info = []
         for stage, depth in enumerate(depths):
             width = dim * 2**stage
+            blocks: list[nn.Module]
             if stage < 2:
                 blocks = [ConvBlock(width, drop_paths[stage][index], layer_scale_conv) for index in range(depth)]
             else:
@@ -276,7 +281,7 @@ class MambaVision(StagedModel):
             downsample = Downsample(width) if stage < 3 else nn.Identity()
             self.levels.append(Level(blocks, downsample, window_size[stage] if stage >= 2 else None))
             self.feature_info.append({"num_chs": width, "reduction": 4 * 2**stage, "module": f"levels.{stage}"})
-        self.norm = nn.BatchNorm2d(self.num_features)
+        self.norm: nn.Module = nn.BatchNorm2d(self.num_features)
         self._create_head(num_classes, global_pool)
         self._init_weights(dt_init)
 
@@ -296,7 +301,7 @@ class MambaVision(StagedModel):
         return self.norm(x)
 
     @property
-    def stages(self) -> nn.ModuleList:
+    def stages(self) -> Any:
         return self.levels
 
     def final_norm(self, x: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambavision.models.build import build
-from mambavision.models.layers import DepthwiseConv, PointwiseConv
+from mambavision.models.layers import DepthwiseConv, PointwiseConv, drop_path_rates
 from mambavision.models.ss2d import VSSM
 from mambavision.models.staged import AFTER_BLOCKS, Stage, StagedModel
 from vision_kernels import neighborhood_attention
@@ -33,6 +33,8 @@ class RotaryEmbedding(nn.Module):
     checkpoints.
     """
 
+    angle: Tensor
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.scale = head_dim**-0.5
@@ -46,9 +48,10 @@ class RotaryEmbedding(nn.Module):
         rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
         theta = torch.cat([rows, columns], dim=-1)
         sin = theta.sin().unflatten(-1, (-1, 2)) * theta.new_tensor([-1.0, 1.0])
-        return tuple(
-            torch.stack([each * self.scale, each], dim=2).unsqueeze(3) for each in (theta.cos(), sin.flatten(-2))
-        )
+        return self._for_queries_and_keys(theta.cos()), self._for_queries_and_keys(sin.flatten(-2))
+
+    def _for_queries_and_keys(self, factors: Tensor) -> Tensor:
+        return torch.stack([factors * self.scale, factors], dim=2).unsqueeze(3)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,13 +124,14 @@ class TokenMixer(nn.Module):
 
     def _attend_globally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `_attend_locally`; the values are the result of the local attention."""
-        tokens = [each.flatten(2, 3) for each in (query, key, value)]
-        bias, length = self.rpb[1], tokens[0].shape[2]
+        queries, keys, values = (each.flatten(2, 3) for each in (query, key, value))
+        bias, length = self.rpb[1], queries.shape[2]
         if bias.shape[-1] != length:
             # The original resizes the matrix of all pairs like an image, and its weights were trained that way.
             bias = F.interpolate(bias[None].float(), (length, length), mode="bicubic")[0].to(bias.dtype)
         mask = bias.to(query.dtype).expand(query.shape[0], -1, -1, -1)
-        return F.scaled_dot_product_attention(*tokens, attn_mask=mask, scale=1.0).unflatten(2, query.shape[2:4])
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0)
+        return attended.unflatten(2, query.shape[2:4])
 
 
 def _merge_heads(x: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ class ResidualBlock(nn.Module):
 class SegMANStage(Stage):
     """Channels-last blocks and their shared position embedding."""
 
-    def __init__(self, blocks: list[nn.Module], head_dim: int) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], head_dim: int) -> None:
         super().__init__(blocks)
         self.rope = RotaryEmbedding(head_dim)
 
@@ -223,6 +227,7 @@ class SegMANEncoder(StagedModel):
     """
 
     stages_name = "layers"
+    layers: nn.ModuleList
     norm_names = ("classifier.0", "classifier.1", "classifier.2")
 
     def __init__(
@@ -243,7 +248,7 @@ class SegMANEncoder(StagedModel):
         self.in_chans = in_chans
         self.num_features = projection
         self.patch_embed = _stem(in_chans, embed_dims[0])
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         self.layers = nn.ModuleList()  # stages and downsamplings alternate
         self.feature_info = []
         last = len(depths) - 1
@@ -280,7 +285,7 @@ class SegMANEncoder(StagedModel):
         return self.final_norm(x)
 
     @property
-    def stages(self) -> nn.ModuleList:
+    def stages(self) -> Any:
         return self.layers[0::2]
 
     def downsample(self, index: int) -> nn.Module:
@@ -368,21 +373,21 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "embed_dims": (32, 64, 144, 192),
     "depths": (2, 2, 4, 2),
     "num_heads": (1, 2, 4, 8),
     "window_size": (11, 9, 9, 7),
     "mlp_ratios": (4, 4, 3, 3),
 }
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "embed_dims": (64, 144, 288, 512),
     "depths": (2, 2, 10, 4),
     "num_heads": (2, 4, 8, 16),
     "window_size": (11, 9, 7, 7),
     "mlp_ratios": (4, 4, 3.4, 3.4),
 }
-_BASE = {
+_BASE: dict[str, Any] = {
     "embed_dims": (96, 160, 364, 560),
     "depths": (4, 4, 18, 4),
     "num_heads": (4, 8, 13, 20),

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -81,7 +82,7 @@ class FourRoutes(nn.Module):
 
 
 class VSSM(FourRoutes):
-    """The scan by itself, as SegMAN uses it.
+    """The bare scan, as SegMAN uses it.
 
     Args:
         dim: Channels of the map; all are scanned, with one state each.
@@ -139,8 +140,8 @@ class SS2D(FourRoutes):
     ) -> None:
         check_choice("routes", routes, Routes)
         inner = int(ratio * dim)
-        dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
-        super().__init__(inner, d_state, dt_rank, (4, dt_rank + 2 * d_state, inner), init)
+        rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        super().__init__(inner, d_state, rank, (4, rank + 2 * d_state, inner), init)
         self.routes = routes
         self.out_norm = _out_norm(out_norm, inner)
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
@@ -212,11 +213,12 @@ def _out_norm(kind: OutNorm, dim: int) -> nn.Module:
     layer_norm = partial(LayerNorm2d, dim, eps=NORM_EPS)
     depthwise = partial(nn.Conv2d, dim, dim, 3, padding=1, groups=dim, bias=False)
     # Identities keep the indices of the other layers as in checkpoints.
-    return {
+    layers: dict[OutNorm, Callable[[], nn.Module]] = {
         "layer": layer_norm,
         "depthwise": lambda: nn.Sequential(nn.Identity(), depthwise()),
         "layer_depthwise": lambda: nn.Sequential(layer_norm(), nn.Identity(), depthwise()),
         "softmax": SpatialSoftmax,
         "sigmoid": nn.Sigmoid,
         "none": nn.Identity,
-    }[kind]()
+    }
+    return layers[kind]()

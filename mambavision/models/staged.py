@@ -2,14 +2,16 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import create_classifier, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, create_classifier, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mambavision.checkpoint import LoadReport, load_pretrained
 from mambavision.models.layers import checkpoint
+from mambavision.timm_model import TimmModel
 
 AFTER_BLOCKS = (99999,)  # timm's mark for parameters that belong to the group before them
 
@@ -17,7 +19,7 @@ AFTER_BLOCKS = (99999,)  # timm's mark for parameters that belong to the group b
 class Stage(nn.Module):
     """Blocks at one resolution, and the downsampling to the next stage if the stage owns it."""
 
-    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -37,7 +39,7 @@ class Stage(nn.Module):
         return self.run_blocks(x)
 
 
-class StagedModel(nn.Module):
+class StagedModel(TimmModel):
     """A stem, stages, a final norm, pooling and a linear classifier.
 
     A subclass builds the parts under the names of its checkpoints, implements `forward_features` and the methods that
@@ -55,13 +57,12 @@ class StagedModel(nn.Module):
     norm_names: tuple[str, ...]
 
     patch_embed: nn.Module
-    num_classes: int
-    num_features: int
     feature_info: list[dict[str, Any]]
+    global_pool: SelectAdaptivePool2d
 
     @property
-    def stages(self) -> nn.ModuleList:
-        """The stages in order."""
+    def stages(self) -> Any:
+        """The stages in order: an nn.ModuleList, whose elements torch does not type, of `Stage`."""
         raise NotImplementedError
 
     def downsample(self, index: int) -> nn.Module:

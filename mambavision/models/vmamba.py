@@ -7,19 +7,19 @@ Parameter names and numbers are those of the released checkpoints.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, GluMlp, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, GluMlp, LayerNorm2d, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mambavision.models.build import build
-from mambavision.models.layers import Activation, activation, check_choice
+from mambavision.models.layers import Activation, activation, check_choice, drop_path_rates
 from mambavision.models.ss2d import NORM_EPS, SS2D, OutNorm, Routes, ScanInit
 from mambavision.models.staged import Stage, StagedModel, init_linear
 
@@ -27,11 +27,15 @@ Norm = Literal["layer", "batch"]
 Stem = Literal["overlapping", "patch"]
 Downsample = Literal["conv3x3", "conv2x2", "merge"]
 
+NormLayer = Callable[[int], nn.Module]
+
 _layer_norm_2d = partial(LayerNorm2d, eps=NORM_EPS)
 
-
 # Norms for channels-last and channels-first maps, by name.
-_NORMS = {"layer": (partial(nn.LayerNorm, eps=NORM_EPS), _layer_norm_2d), "batch": (nn.BatchNorm2d, nn.BatchNorm2d)}
+_NORMS: dict[Norm, tuple[NormLayer, NormLayer]] = {
+    "layer": (partial(nn.LayerNorm, eps=NORM_EPS), _layer_norm_2d),
+    "batch": (nn.BatchNorm2d, nn.BatchNorm2d),
+}
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
 class PatchMerging(nn.Module):
     """(batch, dim, H, W) -> (batch, out_dim, H/2, W/2) rounded up: a linear layer on the four pixels of a square."""
 
-    def __init__(self, dim: int, out_dim: int, norm: type[nn.Module]) -> None:
+    def __init__(self, dim: int, out_dim: int, norm: NormLayer) -> None:
         super().__init__()
         self.norm = norm(4 * dim)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
@@ -61,13 +65,13 @@ class VSSBlock(nn.Module):
     """Pre-norm residual block of a mixer and an MLP, both optional."""
 
     def __init__(
-        self, dim: int, norm: type[nn.Module], mixer: nn.Module | None, mlp: nn.Module | None, drop_path: float
+        self, dim: int, norm: NormLayer, mixer: nn.Module | None, mlp: nn.Module | None, drop_path: float
     ) -> None:
         super().__init__()
         self.drop_path = DropPath(drop_path)
-        self.norm = None if mixer is None else norm(dim)
+        self.norm = nn.Identity() if mixer is None else norm(dim)
         self.op = mixer
-        self.norm2 = None if mlp is None else norm(dim)
+        self.norm2 = nn.Identity() if mlp is None else norm(dim)
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +139,7 @@ class VMamba(StagedModel):
     """
 
     stages_name = "layers"
+    layers: Any  # nn.ModuleList of `VSSStage`
     norm_names = ("classifier.norm",)
 
     def __init__(
@@ -209,14 +214,14 @@ class VMamba(StagedModel):
             mlp = _mlp(width, mlp_ratio, mlp_act_layer, gmlp, drop_rate) if mlp_ratio > 0 else None
             return VSSBlock(width, norm_last, mixer(width) if ssm_ratio > 0 else None, mlp, drop_path)
 
-        stem_norm = norm_first if patch_norm else nn.Identity
+        stem_norm: NormLayer = norm_first if patch_norm else nn.Identity
         self.patch_embed = _stem(stem, in_chans, widths[0], patch_size, stem_norm)
         if pos_embed_size is None:
             self.pos_embed = None
         else:
             grid = [side // patch_size for side in pos_embed_size]
             self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, widths[0], *grid), std=0.02))
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         self.layers = nn.ModuleList()
         self.feature_info = []
         for stage, width in enumerate(widths):
@@ -246,7 +251,7 @@ class VMamba(StagedModel):
         return self.classifier.norm(x)
 
     @property
-    def stages(self) -> nn.ModuleList:
+    def stages(self) -> Any:
         return self.layers
 
     def final_norm(self, x: Tensor) -> Tensor:
@@ -334,7 +339,7 @@ def _mlp(dim: int, ratio: float, act_layer: Activation, gated: bool, drop: float
 # In stem and downsampling, identities keep the indices of the other layers as in checkpoints.
 
 
-def _stem(kind: Stem, in_chans: int, dim: int, stride: int, norm: type[nn.Module]) -> nn.Sequential:
+def _stem(kind: Stem, in_chans: int, dim: int, stride: int, norm: NormLayer) -> nn.Sequential:
     if kind == "patch":
         return nn.Sequential(nn.Conv2d(in_chans, dim, stride, stride), nn.Identity(), norm(dim))
     stride //= 2
@@ -343,9 +348,7 @@ def _stem(kind: Stem, in_chans: int, dim: int, stride: int, norm: type[nn.Module
     return nn.Sequential(*first, conv(dim // 2, dim), nn.Identity(), norm(dim))
 
 
-def _downsample(
-    kind: Downsample, dim: int, out_dim: int, norm_last: type[nn.Module], norm_first: type[nn.Module]
-) -> nn.Module:
+def _downsample(kind: Downsample, dim: int, out_dim: int, norm_last: NormLayer, norm_first: NormLayer) -> nn.Module:
     if kind == "merge":
         return PatchMerging(dim, out_dim, norm_last)
     size, padding = (3, 1) if kind == "conv3x3" else (2, 0)

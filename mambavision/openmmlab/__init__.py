@@ -1,7 +1,7 @@
-"""The adapter to OpenMMLab: importing this package, before mmcv.ops, is all that its libraries need.
+"""Adapter to OpenMMLab, to be imported before mmcv.ops.
 
-In a config: ``custom_imports = dict(imports=["mambavision.openmmlab"])``. It registers the backbones and calls
-`mambavision.openmmlab.adaptation.adapt`, the only place that changes the behaviour of OpenMMLab's own modules.
+Configs import it by ``custom_imports = dict(imports=["mambavision.openmmlab"])``. The import registers the backbones
+and calls `mambavision.openmmlab.adaptation.adapt`, the only function that changes the behaviour of OpenMMLab's modules.
 """
 
 from mambavision.openmmlab.adaptation import adapt

@@ -51,17 +51,17 @@ class UnreadableFileError(DataError, OSError):
 
 
 class AtomicLocalBackend(LocalBackend):
-    """Local files that are replaced only by complete ones, and whose absence is an error of the data."""
+    """Local files that are written atomically; a missing file is an error of the data."""
 
     def get(self, filepath: str | Path) -> bytes:
         """Return the content of a file.
 
         Raises:
-            UnreadableFileError: It is gone or no file; reading a pipe or a device could wait for ever.
+            UnreadableFileError: The file is missing, or a pipe or device, from which reading could block forever.
         """
         try:
             if os.path.exists(filepath) and not os.path.isfile(filepath):
-                raise UnreadableFileError(f"{filepath}: is no file (but a folder, a pipe or a device); remove it.")
+                raise UnreadableFileError(f"{filepath}: is not a file (but a folder, a pipe or a device); remove it.")
             return super().get(filepath)
         except OSError as error:
             if isinstance(error, UnreadableFileError):

@@ -1,4 +1,4 @@
-"""Parameters and operations of the model of a config."""
+"""Parameters and operations of a config's model."""
 
 from collections.abc import Sequence
 

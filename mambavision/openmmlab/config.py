@@ -82,10 +82,10 @@ def settings_in(config: Any) -> Iterator[ConfigDict]:
 
 @contextlib.contextmanager
 def explained(source: str | Path) -> Iterator[None]:
-    """Turn errors that a config's mistakes raise while its parts are built into a UserError; others pass unchanged.
+    """Turn errors that mistakes in a config cause while its parts are built into a UserError; others pass unchanged.
 
     Args:
-        source: Names the config in messages.
+        source: Name of the config in error messages.
     """
     try:
         yield
@@ -104,8 +104,9 @@ def _explanation(error: Exception) -> str | None:
         return f"{name} has no argument {argument[2]!r}.{nearest(argument[2], _arguments(kind))}"
     if re.match(r"(\w+)\.__init__\(\) missing \d+ required .*", message):
         return f"{message}."
-    if kind := re.match(r"(\S+) is not in the (\w+)::(.+?) registry", message):
-        return f"there is no {kind[1]!r} in {kind[2]}'s registry of {kind[3]}s.{nearest(kind[1], _registered(kind[3]))}"
+    if found := re.match(r"(\S+) is not in the (\w+)::(.+?) registry", message):
+        name, library, registry = found.groups()
+        return f"there is no {name!r} in {library}'s registry of {registry}s.{nearest(name, _registered(registry))}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a checkpoint of mmengine says beside its weights."""
+"""Validation of the metadata in checkpoints of mmengine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from mambavision.metadata import (
 
 
 def check_metadata(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Raise a CheckpointError unless what a checkpoint says of its training and its classes can be true.
+    """Raise a CheckpointError if the metadata of a checkpoint, about its training and classes, are invalid.
 
     Args:
-        checkpoint: Its content.
-        source: Names it in messages.
+        checkpoint: Content of the checkpoint.
+        source: Its name in error messages.
     """
     check_fields(checkpoint, source, _CONTENT)
     meta = {
@@ -33,7 +33,7 @@ def check_metadata(checkpoint: Mapping[str, Any], source: str) -> None:
 
 
 def _is_palette(value: Any) -> bool:
-    """Whether it is a colour for each class, or what mmdet's visualizer makes colours of."""
+    """Return True for a list of colours, or the word from which mmdet's visualizer makes colours."""
     return value == "random" or is_list_of(value, lambda colour: is_list_of(colour, _is_byte) and len(colour) == 3)
 
 
@@ -56,19 +56,19 @@ _CLASSES: Fields = {
 }
 _META: Fields = {
     **_CLASSES,
-    "epoch": (is_count, "a whole number from 0 on"),
-    "iter": (is_count, "a whole number from 0 on"),
-    "seed": (is_count, "a whole number from 0 on"),
+    "epoch": (is_count, "an integer from 0"),
+    "iter": (is_count, "an integer from 0"),
+    "seed": (is_count, "an integer from 0"),
     "dataset_meta": (is_mapping, "settings of a data set by name"),
 }
 _CONTENT: Fields = {
     "meta": (is_mapping, "settings by name"),
-    "optimizer": (lambda value: is_optimizer(value) or _is_several(value), "the state of an optimizer of torch"),
+    "optimizer": (lambda value: is_optimizer(value) or _are_optimizers(value), "the state of a torch optimizer"),
     "param_schedulers": (_are_schedules, "the states of schedules"),
     "message_hub": (_is_hub, "logged values and settings by name"),
 }
 
 
-def _is_several(value: Any) -> bool:
-    """Whether it is the state of several optimizers by name."""
+def _are_optimizers(value: Any) -> bool:
+    """Return True for the states of several optimizers by name."""
     return is_mapping(value) and len(value) > 0 and all(map(is_optimizer, value.values()))

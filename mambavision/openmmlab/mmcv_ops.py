@@ -23,11 +23,14 @@ def install() -> None:
         return
     module = types.ModuleType(_NAME, __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec(_NAME, None)  # mmengine looks for it
-    for function in (nms, roi_align_forward, roi_align_backward):
-        setattr(module, function.__name__, function)
-    module.get_compiler_version = lambda: "none: torchvision's operators are used instead"
-    module.get_compiling_cuda_version = lambda: str(torch.version.cuda)
-    module.__getattr__ = _not_available
+    vars(module).update(
+        nms=nms,
+        roi_align_forward=roi_align_forward,
+        roi_align_backward=roi_align_backward,
+        get_compiler_version=lambda: "none: torchvision's operators are used instead",
+        get_compiling_cuda_version=lambda: str(torch.version.cuda),
+        __getattr__=_not_available,
+    )
     sys.modules[_NAME] = module
 
 

@@ -1,10 +1,10 @@
-"""Weights in checkpoints: checks against a model, and models built with them."""
+"""Checks of the weights in checkpoints against a model, and models built with them."""
 
 from typing import Any
 
 import torch
 from mmengine import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -14,18 +14,18 @@ from mambavision.openmmlab.config import explained
 from mambavision.openmmlab.training.config_steps import drop_pretrained
 
 
-def trained_model(config: Config, checkpoint: dict[str, Any], source: str, device: torch.device) -> nn.Module:
+def trained_model(config: Config, checkpoint: dict[str, Any], source: str, device: torch.device) -> BaseModel:
     """Build the model of a config for inference, with the weights of a checkpoint.
 
     Args:
-        config: Its config, whose scope must be the default.
-        checkpoint: Content of a checkpoint of it.
-        source: Names the checkpoint in messages.
+        config: Config of the model, whose scope must be the default.
+        checkpoint: Content of its checkpoint.
+        source: Name of the checkpoint in error messages.
         device: Device of the model.
 
     Raises:
-        UserError: The config contradicts itself.
-        CheckpointError: The checkpoint is of another model.
+        UserError: The config is inconsistent.
+        CheckpointError: The checkpoint belongs to another model.
     """
     config = drop_pretrained(config)
     with explained(config.filename):
@@ -41,8 +41,8 @@ def check_some_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
     fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
     if len(fitting) < len(own) / 2:
         raise CheckpointError(
-            f"{source}: is of another model than the config: only {len(fitting)} of {len(own)} entries fit. For the "
-            "weights of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
+            f"{source}: belongs to another model than the config: only {len(fitting)} of {len(own)} entries fit; for "
+            "the weights of a classifier, use --cfg-options model.backbone.pretrained=FILE instead of load_from."
         )
     check_values(_unwrapped(model), fitting, source)
 
@@ -56,13 +56,14 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> 
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if any(problems.values()):
         found = ", ".join(f"{len(keys)} {what} ({keys[0]})" for what, keys in problems.items() if keys)
-        raise CheckpointError(f"{source}: is of another model than the config: {found}.")
+        raise CheckpointError(f"{source}: belongs to another model than the config: {found}.")
     check_values(_unwrapped(model), theirs, source)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while hasattr(model, "module"):  # of DistributedDataParallel, of test-time augmentation
-        model = model.module
+    # Of DistributedDataParallel, of test-time augmentation.
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     return model
 
 
@@ -75,6 +76,6 @@ def check_classes(dataset: Any, checkpoint: dict[str, Any], source: str) -> None
     differing = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), None)
     where = f"; the first that differs is {differing[0]!r} there and {differing[1]!r} here" if differing else ""
     raise CheckpointError(
-        f"{source}: was trained for {len(theirs)} classes, but the data have {len(ours)}{where}. Use the config it "
-        "was trained with, or give the data its classes in its order (metainfo)."
+        f"{source}: was trained for {len(theirs)} classes, but the data have {len(ours)}{where}; use the config it "
+        "was trained with, or list its classes in its order in the data's metainfo."
     )

@@ -1,1 +1,1 @@
-"""What makes a program run as one process or many, and survive: launching, groups, signals, failures, resuming."""
+"""Running programs in one process or many: launching, process groups, signals, failures and resuming."""

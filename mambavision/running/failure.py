@@ -42,8 +42,8 @@ class _Watch:
         """Claim to be the first process to fail; return whether that is true, and the exit status of the first."""
         if self._first is None:
             try:
-                rank, first_status = self._store.compare_set(_KEY, "", f"{self.rank} {status}").split()
-                self._first = int(rank), int(first_status)
+                first = self._store.compare_set(_KEY, "", f"{self.rank} {status}").split()
+                self._first = int(first[0]), int(first[1])
             except RuntimeError:  # the process that kept the store is gone
                 return False, status
         rank, status = self._first

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from mambavision.errors import NonFiniteError
 from mambavision.running.group import Group
 
-_SKIPPED_STEPS = 25  # in a row, before a run with a loss scale stops
+_SKIPPED_STEPS = 25  # consecutive ones, after which a run with a loss scale stops
 _NAMED = 8  # samples, of each process
 
 
@@ -36,7 +36,7 @@ class FiniteGuard:
         """Raise unless losses and gradients of all processes are finite; collective, before the step.
 
         Args:
-            gradients: Of this process; not needed with a loss scale.
+            gradients: Gradients of this process; not needed with a loss scale.
             also: A flag that is reduced in the same collective.
             has_loss_scale: A loss scale handles overflow: it skips the step if a loss or gradient is not finite.
 
@@ -44,8 +44,8 @@ class FiniteGuard:
             True if `also` is set on any process.
 
         Raises:
-            NonFiniteError: Names the samples of the processes whose loss is not finite, or of all processes if only
-                the gradient is not. The weights are still those before the step.
+            NonFiniteError: The message names the samples of the processes whose loss is not finite, or of all
+                processes if only the gradient is not. The step was not taken.
         """
         losses_are_finite = _all([is_finite for is_finite, _ in self._batches], self._device)
         gradients_are_finite = _all([_largest(gradients, self._device).isfinite()], self._device)
@@ -60,10 +60,10 @@ class FiniteGuard:
         return also
 
     def count_skip(self, was_skipped: bool) -> None:
-        """Count steps in a row that the loss scale has skipped, which is normal now and then.
+        """Count consecutive steps that the loss scale has skipped; single ones are normal.
 
         Raises:
-            NonFiniteError: Too many in a row.
+            NonFiniteError: There are too many.
         """
         self._skipped = self._skipped + 1 if was_skipped else 0
         if self._skipped >= _SKIPPED_STEPS:

@@ -15,21 +15,21 @@ from mambavision.files import try_lock, unwritable
 
 _logger = logging.getLogger(__name__)
 
-LOCK = "run.lock"  # in the folder of a run, while it lasts
+LOCK = "run.lock"  # in the folder of a run while it is running
 _POLL_SECONDS = 0.5
 
-_held: set[str] = set()  # by this process, to which the system would grant its own locks again
+_held: set[str] = set()  # folders locked by this process, to which the system would grant the lock again
 _held_guard = threading.Lock()
 
 
 class FolderLock:
-    """Keeps other runs out of the folder of a run. Released on leaving its context, and by the death of the process.
+    """Exclusive access of a run to its folder. Released on leaving the context, or when the process ends.
 
-    The system holds the lock (POSIX record locks, `fcntl.lockf`) and drops it when the process ends, even by SIGKILL:
-    workers of data loaders, which are forked, do not inherit it. On NFS it keeps out runs of other machines as well: an
-    NFS 4 server drops the locks of a machine that died after its lease, usually 90 seconds; an NFS 3 server when that
-    machine is back. Where a file system has no locks (Lustre mounted without ``flock``, NFS with ``nolock`` beyond one
-    machine) or the system has no fcntl (Windows), nothing keeps a second run out; a warning says so if it is known.
+    The lock is a POSIX record lock (`fcntl.lockf`), which the system releases even after SIGKILL, and which forked data
+    loader workers do not inherit. On NFS it also excludes runs on other machines: an NFS 4 server releases the locks of
+    a dead machine after its lease, usually 90 seconds; an NFS 3 server when that machine is back. Where the file system
+    has no locks (Lustre mounted without ``flock``, NFS with ``nolock`` across machines) or the system has no fcntl
+    (Windows), a second run is not prevented; this is logged where it can be detected.
     """
 
     def __init__(self) -> None:
@@ -48,17 +48,17 @@ class FolderLock:
             self.release()
 
     def acquire(self, folder: Path, advice: str, *, new: bool = False, patience: float = 0.0) -> None:
-        """Make a folder the run's own; nothing in it is changed unless that succeeds.
+        """Lock a folder for this run; its content is not changed before.
 
         Args:
-            folder: Made if it is missing, and removed again on release if it is still empty then.
-            advice: What else to do than to wait for the run that holds the folder, for the message: "or ...".
-            new: The folder must not exist yet.
+            folder: Created if it is missing, and removed on release if it is still empty.
+            advice: Alternative to waiting for the run that holds the folder, for the error message: "or ...".
+            new: The folder must not exist.
             patience: Seconds to wait for a run that holds the folder.
 
         Raises:
-            FileExistsError: It does, with `new`.
-            UserError: Another run holds it; names its process and machine.
+            FileExistsError: The folder exists although `new` is set.
+            UserError: Another run holds the folder; the message names its process and machine.
             OutputError: The folder cannot be written.
         """
         missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
@@ -88,13 +88,13 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the folder, and remove it if it was created here and is still empty."""
         if self.folder is None:
             return
         folder, self.folder = self.folder, None
         with _held_guard:
             _held.discard(os.path.realpath(folder))
-        with contextlib.suppress(FileNotFoundError):  # only by its holder, and before it is unlocked: see `_try`
+        with contextlib.suppress(FileNotFoundError):  # only by the holder, and before it is unlocked; see `_try`
             if self._descriptor is not None and _is_at(self._descriptor, folder / LOCK):
                 (folder / LOCK).unlink()
         if self._descriptor is not None:
@@ -107,10 +107,10 @@ class FolderLock:
                 break
 
     def _try(self, folder: Path) -> bool:
-        """Return whether the lock was free, and is held now."""
+        """Try to acquire the lock; return True if it is held now."""
         key = os.path.realpath(folder)
         with _held_guard:
-            if key in _held:  # closing any descriptor of the file would drop the lock
+            if key in _held:  # opening and closing the file again would release the lock
                 return False
             _held.add(key)
         try:
@@ -125,7 +125,7 @@ class FolderLock:
 
 
 def _locked(path: Path) -> int | None:
-    """Return the descriptor of a lock file that this process holds now, or None if another one does."""
+    """Lock a lock file; return its descriptor, or None if another process holds the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -134,8 +134,10 @@ def _locked(path: Path) -> int | None:
                 os.close(descriptor)
                 return None
             if granted is None:
-                _logger.warning("%s: no locks on this file system: take care that no second run uses it", path.parent)
-            if _is_at(descriptor, path):  # else its last holder has just removed it
+                _logger.warning(
+                    "%s: this file system has no locks: make sure that no second run uses the folder", path.parent
+                )
+            if _is_at(descriptor, path):  # otherwise its last holder has just removed it
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(_this_holder()).encode())
                 return descriptor
@@ -162,5 +164,5 @@ def _holder(folder: Path) -> str:
     try:
         record = json.loads((folder / LOCK).read_text(encoding="utf-8"))
         return f"process {int(record['process'])} on {record['host']!s:.253} (since {record['since']!s:.19})"
-    except (OSError, ValueError, LookupError, TypeError):  # it is writing just now
+    except (OSError, ValueError, LookupError, TypeError):  # the file is being written
         return "another process"

@@ -28,7 +28,7 @@ class Group:
 
     Args:
         process: This process.
-        device: Where it computes, and where collectives work.
+        device: Device for computation and collectives.
     """
 
     def __init__(self, process: Process | None = None, device: torch.device | None = None) -> None:

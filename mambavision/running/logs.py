@@ -58,8 +58,8 @@ def tolerate_write_errors(handler: logging.Handler) -> None:
         if not isinstance(error, OSError):
             original(record)
             return
-        handler.handle = lambda record: False
+        handler.handle = lambda record: False  # type: ignore[method-assign]  # any handler, also of other packages
         with contextlib.suppress(OSError):
             print(f"warning: log lines cannot be written ({error}); continuing without them", file=sys.stderr)
 
-    handler.handleError = give_up
+    handler.handleError = give_up  # type: ignore[method-assign]

@@ -31,7 +31,7 @@ def new_start_number(positions: Iterable[Position]) -> float:
     it returns to an earlier epoch.
 
     Args:
-        positions: Of the existing checkpoints, each with the number of its start first.
+        positions: Positions of the existing checkpoints, each beginning with the number of its start.
     """
     return max([time.time(), *(position[0] + 1 for position in positions)])
 
@@ -43,7 +43,7 @@ def newest_valid(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest readable checkpoint file and its content, or None.
 
-    Unreadable files are logged, unless they are older. Of several equally new files the first is taken.
+    Unreadable files are logged, unless they are older. Among equally new files, the first is returned.
 
     Args:
         paths: The files.

@@ -11,7 +11,7 @@ from mambavision.errors import OutputError
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let a program finish its work even if standard output cannot be written any more.
+    """Let a program finish its work even after writing to standard output has failed.
 
     After a closed pipe (``| head``), printed text is dropped. Characters that the encoding lacks are escaped.
 

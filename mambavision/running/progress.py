@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a log line now and then otherwise."""
+"""Progress: a bar on a terminal, otherwise occasional log lines."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from mambavision.running.logs import console
 
@@ -20,10 +20,10 @@ class ProgressLine:
     """Progress of one pass over data.
 
     Args:
-        name: Of the pass.
+        name: Name of the pass.
         total: Number of steps.
         interval: Steps between log lines.
-        done: Steps that were done before.
+        done: Steps completed earlier.
         log_end: Log the last step as well.
     """
 
@@ -34,9 +34,11 @@ class ProgressLine:
         self.interval = max(1, interval)
         self.done = self._done_at_start = done
         self._started = self._described = time.monotonic()
-        self._bar = self._task = None
+        self._bar: Progress | None = None
         if sys.stdout.isatty():
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            columns: list[ProgressColumn] = [
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            ]  # fmt: skip
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(name, total=total, completed=done)
             self._bar.start()
@@ -71,27 +73,40 @@ class ProgressLine:
         return elapsed / max(1, self.done - self._done_at_start) * (self.total - self.done)
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class _SilentLine(ProgressLine):
+    """Progress that is not shown."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, describe: Callable[[], str] = str, count: int = 1) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
 
 
 @contextmanager
 def progress(
     name: str, total: int, interval: int | None = None, is_first: bool = True, done: int = 0, log_end: bool = True
-) -> Iterator[ProgressLine | None]:
-    """Yield a `ProgressLine` on the first process and None on the others; without `interval`, only slow passes log."""
+) -> Iterator[ProgressLine]:
+    """Yield a `ProgressLine`, which shows nothing unless `is_first`; without `interval`, only slow passes log."""
     if interval is None:
         interval, log_end = total + 1, False
-    line = ProgressLine(name, total, interval, done, log_end) if is_first else None
+    line = ProgressLine(name, total, interval, done, log_end) if is_first else _SilentLine()
     try:
         yield line
     finally:
-        if line is not None:
-            line.close()
+        line.close()
 
 
 def duration(seconds: float) -> str:
     """Return hours, minutes and seconds as text."""
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{rest:02}"

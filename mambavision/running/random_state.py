@@ -13,7 +13,8 @@ from torch.utils.data import get_worker_info
 def random_state() -> dict[str, Any]:
     """Return the state of all random number generators of this process, in types that load safely."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    legacy: Any = np.random.get_state()  # a tuple for the default generator
+    name, keys, position, has_gauss, cached = legacy
     return {
         "python": (version, list(internal), gauss),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

@@ -1,4 +1,4 @@
-"""Range checks for the numeric options of all programs, before any work."""
+"""Range checks for the numeric options of all programs."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,8 @@ class Range:
     Attributes:
         low: Lower bound.
         high: Upper bound; infinity for none.
-        above: True excludes `low` itself.
-        below: True excludes `high` itself.
+        above: Exclude `low` itself.
+        below: Exclude `high` itself.
     """
 
     low: float
@@ -42,9 +42,9 @@ class Range:
 _MANY = 1_000_000  # of epochs, images in a batch and the like
 _RANGES: dict[Range, str] = {
     # Schedules and rates
-    Range(
-        0
-    ): "lr lr_noise_std warmup_lr min_lr opt_eps weight_decay clip_grad color_jitter mixup cutmix mesa wait_time",
+    Range(0): (
+        "lr lr_noise_std warmup_lr min_lr opt_eps weight_decay clip_grad color_jitter mixup cutmix mesa wait_time"
+    ),
     Range(0, above=True): "lr_base lr_cycle_mul lr_k_decay ratio std decay_epochs",
     Range(0, 1): (
         "drop_rate attn_drop_rate drop_path model_ema_decay smoothing hflip vflip reprob mixup_prob mixup_switch_prob "
@@ -75,15 +75,15 @@ _RANGES: dict[Range, str] = {
 }
 RANGES: dict[str, Range] = {name: span for span, names in _RANGES.items() for name in names.split()}
 
-# Options of several numbers that must not decrease.
+# Options with several numbers that must not decrease.
 _ORDERED = ("scale", "ratio", "cutmix_minmax", "decay_milestones", "lr_noise")
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
-    """Raise a UserError that names the first option whose number is out of range.
+    """Raise a UserError that names the first option whose value is out of range.
 
     Args:
-        options: Of a program, by name. Options without a range, such as text, are not checked.
+        options: Options of a program, by name. Those without a range are not checked.
     """
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"

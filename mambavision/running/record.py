@@ -10,7 +10,7 @@ from typing import Any
 from mambavision.files import replacing
 from mambavision.running.slurm import job_id, restarts
 
-AUTO, NEVER = "auto", "never"  # values of --resume: resume the newest checkpoint, or start anew
+AUTO, NEVER = "auto", "never"  # values of --resume: resume the newest checkpoint, or start a new run
 RECORD = "unfinished.json"  # in the folder of a run until its end
 
 
@@ -24,11 +24,11 @@ def begin(
     """Record in the folder of a run how it was started, for `should_resume`.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         resume: The command's ``--resume``.
         is_new: False if the run resumes what is in the folder.
-        environment: Of the process.
-        start_number: See `mambavision.running.newest.new_start_number`; default: the time.
+        environment: Environment of the process.
+        start_number: Number of this start, see `mambavision.running.newest.new_start_number`; default: the time.
     """
     before = {} if is_new else _read(folder)
     first = time.time() if start_number is None else start_number
@@ -46,16 +46,15 @@ def finish(folder: Path) -> None:
 
 
 def should_resume(folder: Path, resume: str, environment: Mapping[str, str] = os.environ) -> float | None:
-    """Return the number of the first start of the run in a folder if a command resumes it unasked, or None.
+    """Return the number of the first start of the run in a folder if a command resumes it automatically, or None.
 
-    It does if Slurm has restarted the job that the run belongs to, whatever the command's ``--resume``: that was for
-    the job's first start. Otherwise it does if the run was preempted, unless the command asks for something else than
-    before.
+    A command resumes a run if Slurm has restarted the job of that run, regardless of ``--resume``, which applied to the
+    first start of the job. Otherwise it resumes a preempted run unless its ``--resume`` has changed.
 
     Args:
-        folder: Of a run.
+        folder: Folder of a run.
         resume: The command's ``--resume``; empty for nothing.
-        environment: Of the process.
+        environment: Environment of the process.
 
     Returns:
         Checkpoints of starts with smaller numbers do not belong to this run. 0 for runs of versions without numbers.

@@ -20,7 +20,7 @@ class SampleView(NamedTuple):
 
     epoch: int
     times: int  # earlier views of the sample within the epoch
-    index: Hashable  # as samplers yield it: one number, or several
+    index: Any  # as samplers yield it: one number, or several
 
 
 class ViewCounter:
@@ -54,8 +54,8 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: Data set that draws random numbers, usually for augmentation.
-        seed: Of the run.
-        rank: Of this process.
+        seed: Seed of the run.
+        rank: Rank of this process.
         entropy: Derives the seed of a view from the view, `seed`, `rank` and the length of the data set.
     """
 

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mambavision.errors import OutputError, Preempted
 from mambavision.running import record
@@ -35,7 +35,7 @@ class StopSignals:
     Signals that the program ignores stay ignored.
 
     Attributes:
-        received: Whether a signal has arrived.
+        received: True once a signal has arrived.
 
     Raises:
         UserError: On entering, if a variable that is needed after a signal is invalid.
@@ -43,7 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = False
-        self._previous: dict[int, signal.Handlers] = {}
+        self._previous: dict[int, Any] = {}  # handlers
         self._process = os.getpid()
         self._first = 0.0
 
@@ -104,8 +104,8 @@ def end_preempted(group: Group, folder: Path, advice: str) -> NoReturn:
 
     Args:
         group: All processes of the run.
-        folder: Of the run.
-        advice: How to resume by hand.
+        folder: Folder of the run.
+        advice: Advice on resuming manually, for the message.
     """
     for number in STOP_SIGNALS:  # Slurm sends more of them to a job that it requeues
         signal.signal(number, signal.SIG_IGN)

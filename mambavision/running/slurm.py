@@ -65,7 +65,7 @@ def requeue(process: Process, environment: Mapping[str, str] = os.environ) -> bo
     """Put the job of this process back into the queue; return whether that succeeded.
 
     Only the first process does it. MAX_REQUEUES in the environment limits how often (default 100), so that a run that
-    makes no progress does not cycle for ever. Only a job that is still running is requeued: one that is ending was
+    makes no progress is not restarted forever. Only a job that is still running is requeued: one that is ending was
     cancelled, or reached its time limit without a warning, or was preempted by Slurm, which requeues it itself.
     """
     job = environment.get("SLURM_JOB_ID")

@@ -1,7 +1,7 @@
-"""Reading files of torch.save without running anything that they name.
+"""Safe reading of files of torch.save, without calling anything that they name.
 
-`admitted` is the table of the names that a file may use, `program` follows the instructions of a pickle and makes plain
-values of what they describe, `container` finds pickle and tensor data in a file.
+`admitted` lists the names that a file may use, `program` interprets the instructions of a pickle as plain values, and
+`container` locates the pickle and the tensor data in a file.
 """
 
 from mambavision.unpickling.admitted import RefusedError

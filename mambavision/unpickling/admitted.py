@@ -1,8 +1,8 @@
-"""The names that a checkpoint may use, and what stands for each of them.
+"""The names that a checkpoint may use, and the plain values that replace them.
 
-A pickle names classes and functions, and gives their arguments. Here a name stands for a function of this file, which
-checks every argument and builds a plain value; the class or function of that name is never called. Whatever is not in
-`ADMITTED` is refused.
+A pickle names classes and functions, with arguments. Each admitted name is mapped to a function of this file, which
+checks every argument and builds a plain value; the named class or function itself is never called. All names that are
+missing in `ADMITTED` are refused.
 """
 
 import math
@@ -22,17 +22,17 @@ Items = list[tuple[Any, Any]]
 
 
 class RefusedError(pickle.UnpicklingError):
-    """A file uses something that is not admitted; the message names it."""
+    """A file uses a name that is not admitted; the message is that name."""
 
 
 class Storage(Protocol):
-    """Tensor data of a file: elements of one dtype in a row."""
+    """Tensor data of a file: a sequence of elements of one dtype."""
 
     def tensor(self, dtype: torch.dtype | None, offset: int, size: list[int], stride: list[int]) -> Tensor:
-        """Return a tensor of the data, by default of the storage's own dtype.
+        """Return a tensor on the data, by default with the storage's own dtype.
 
         Raises:
-            ValueError: It reaches beyond the data.
+            ValueError: The tensor exceeds the data.
         """
 
 
@@ -41,12 +41,12 @@ class Admitted:
     """A name that a checkpoint may use.
 
     Attributes:
-        build: Returns the plain value that a call of the name describes, from its checked arguments, the state that was
-            set on the result (None if there is none) and the items that were put into it. Raises a ValueError or a
-            TypeError for anything but what the genuine class or function writes into a pickle.
-        reason: Which checkpoints use it.
-        value: Plain value of the name itself, where it is not called; None if it has none.
-        storage_dtype: The dtype of the elements, if the name is that of a storage class.
+        build: Returns the plain value for a call of the name, from its arguments, the state that was set on the result
+            (None without any) and the items that were added to it. Raises a ValueError or TypeError for anything that
+            the genuine class or function does not write into a pickle.
+        reason: Checkpoints that use the name.
+        value: Plain value of the name itself, if it is not called; None if it has none.
+        storage_dtype: Type of the elements, for storage classes.
     """
 
     build: Callable[[Arguments, Any, Items], Any]
@@ -60,15 +60,15 @@ def _require(condition: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _whole_numbers(values: Any) -> list[int]:
-    """Return sizes or strides as a list: whole numbers from 0 on, at most 64 of them."""
+def _sizes(values: Any) -> list[int]:
+    """Return sizes or strides, at most 64 non-negative integers, as a list."""
     is_sequence = isinstance(values, tuple | list) and len(values) <= 64
     _require(is_sequence and all(type(each) is int and each >= 0 for each in values), "an invalid shape")
     return list(values)
 
 
 def _refuse_call(arguments: Arguments, state: Any, items: Items) -> Any:
-    raise ValueError("a class that is called instead of named")
+    raise ValueError("a call of a class that is only named in genuine files")
 
 
 # Python
@@ -77,16 +77,16 @@ def _refuse_call(arguments: Arguments, state: Any, items: Items) -> Any:
 def _ordered_dict(arguments: Arguments, state: Any, items: Items) -> OrderedDict:
     _require(arguments == (), "an OrderedDict with arguments")
     result = OrderedDict(items)
-    if state is not None:  # of modules: the versions of their parts
-        metadata = state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
+    if state is not None:  # versions of the submodules of a module
+        metadata: Any = state.get("_metadata") if isinstance(state, dict) and len(state) == 1 else None
         _require(isinstance(metadata, dict), "an OrderedDict with attributes")
         _require(all(isinstance(each, dict) for each in metadata.values()), "invalid versions of modules")
-        result._metadata = metadata
+        result._metadata = metadata  # type: ignore[attr-defined]  # as torch itself sets it
     return result
 
 
 def _counter(arguments: Arguments, state: Any, items: Items) -> Counter:
-    counts = arguments[0] if len(arguments) == 1 else None
+    counts: Any = arguments[0] if len(arguments) == 1 else None
     _require(isinstance(counts, dict) and state is None and not items, "an invalid Counter")
     _require(all(type(count) is int for count in counts.values()), "an invalid Counter")
     return Counter(counts)
@@ -133,11 +133,11 @@ _NUMBERS = ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f
 
 
 def _dtype(arguments: Arguments, state: Any, items: Items) -> np.dtype:
-    code = arguments[0] if arguments else None
+    code: Any = arguments[0] if arguments else None
     _require(type(code) is str and arguments[1:] in ((), (False, True)) and not items, "an invalid numpy.dtype")
     if code not in _NUMBERS:
         raise RefusedError(f"numpy.dtype({code[:20]!r})")
-    order = state[1] if isinstance(state, tuple) and len(state) == 8 else None if state is not None else "="
+    order: Any = state[1] if isinstance(state, tuple) and len(state) == 8 else None if state is not None else "="
     _require(order in ("<", ">", "|", "="), "a numpy.dtype with parts")
     if state is not None:
         _require(state == (3, order, None, None, None, -1, -1, 0), "a numpy.dtype with parts")
@@ -145,6 +145,8 @@ def _dtype(arguments: Arguments, state: Any, items: Items) -> np.dtype:
 
 
 def _numpy_scalar(arguments: Arguments, state: Any, items: Items) -> bool | int | float:
+    dtype: Any
+    data: Any
     dtype, data = arguments if len(arguments) == 2 else (None, None)
     is_number = isinstance(dtype, np.dtype) and type(data) is bytes and state is None and not items
     _require(is_number and len(data) == dtype.itemsize, "an invalid NumPy scalar")
@@ -156,11 +158,11 @@ def _numpy_array(arguments: Arguments, state: Any, items: Items) -> Tensor:
     _require(is_array and isinstance(state, tuple) and len(state) == 5 and not items, "an invalid NumPy array")
     version, shape, dtype, is_fortran, data = state
     _require(version == 1 and isinstance(dtype, np.dtype) and type(is_fortran) is bool, "an invalid NumPy array")
-    shape = _whole_numbers(shape)
+    shape = _sizes(shape)
     has_data = type(data) is bytes and math.prod(shape) * dtype.itemsize == len(data)
-    _require(has_data, "a NumPy array that declares another size than it has")
+    _require(has_data, "a NumPy array whose declared size is wrong")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
-    return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))  # a copy: bytes cannot be written to
+    return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))  # a copy, because bytes are read-only
 
 
 # PyTorch
@@ -178,7 +180,7 @@ def _check_plain_call(state: Any, items: Items) -> None:
 def _on_storage(storage: Storage, dtype: torch.dtype | None, offset: Any, size: Any, stride: Any) -> Tensor:
     _require(hasattr(storage, "tensor") and not isinstance(storage, Tensor), "a tensor without data")
     _require(type(offset) is int and offset >= 0, "a tensor with an invalid offset")
-    return storage.tensor(dtype, offset, _whole_numbers(size), _whole_numbers(stride))
+    return storage.tensor(dtype, offset, _sizes(size), _sizes(stride))
 
 
 def _tensor(arguments: Arguments, state: Any, items: Items) -> Tensor:
@@ -224,7 +226,7 @@ def _tensor_with_attributes(arguments: Arguments, state: Any, items: Items) -> T
 def _size(arguments: Arguments, state: Any, items: Items) -> tuple[int, ...]:
     _check_plain_call(state, items)
     (values,) = arguments
-    return tuple(_whole_numbers(values))
+    return tuple(_sizes(values))
 
 
 def _device(arguments: Arguments, state: Any, items: Items) -> str:
@@ -241,7 +243,7 @@ _STATISTICS = ("min", "max", "current", "mean")
 
 
 def _history(arguments: Arguments, state: Any, items: Items) -> dict[str, Any]:
-    """Return the logged values of a HistoryBuffer, which `mambavision.openmmlab.checkpoints` makes one of again."""
+    """Return the logged values of a HistoryBuffer, from which `mambavision.openmmlab.checkpoints` rebuilds it."""
     _require(arguments == () and not items and isinstance(state, dict), "an invalid HistoryBuffer")
     values, counts, length = (state.get(key) for key in ("_log_history", "_count_history", "max_length"))
     _require(isinstance(values, Tensor) and isinstance(counts, Tensor), "an invalid HistoryBuffer")

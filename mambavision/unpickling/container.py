@@ -1,6 +1,6 @@
-"""The files that torch.save writes: a zip archive of pickle and tensor data, or, before PyTorch 1.6, all in a row.
+"""The files that torch.save writes: a zip archive of pickle and tensor data, or, before PyTorch 1.6, a plain sequence.
 
-Nothing is allocated for what a file only declares: sizes are compared with the file's own first.
+Declared sizes are compared with the size of the file before any memory is allocated.
 """
 
 import io
@@ -17,7 +17,7 @@ from mambavision.unpickling.program import as_plain, follow
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # see torch.serialization
 _LEGACY_PROTOCOL = 1001
-_SHARED_DATA = 16  # how often tensors may share the data of a file, on average
+_SHARED_DATA = 16  # tensors that may share the data of a file, on average
 
 
 def load(path: Path, with_data: bool = True) -> Any:
@@ -25,30 +25,30 @@ def load(path: Path, with_data: bool = True) -> Any:
 
     Args:
         path: The file.
-        with_data: Or leave the data of tensors unread: they are on the meta device then.
+        with_data: If False, tensor data are not read, and tensors are on the meta device.
 
     Raises:
-        RefusedError: The file names something that is not admitted.
-        Exception: Anything else that reading a damaged file may come to.
+        RefusedError: The file uses a name that is not admitted.
+        Exception: The file is damaged; the type of the error depends on the damage.
     """
     with path.open("rb") as file:
         is_archive = file.read(2) == b"PK"
-    return _from_archive(path, with_data) if is_archive else _from_row(path, with_data)
+    return _from_archive(path, with_data) if is_archive else _from_sequence(path, with_data)
 
 
 class _Data:
-    """Elements of one dtype in a row: the storage of tensors.
+    """The storage of tensors: a sequence of elements of one dtype.
 
     Args:
-        elements: (count,) tensor of them.
-        budget: Bytes that tensors of the file may still have together, in a list of one.
+        elements: (count,) tensor.
+        budget: Bytes that further tensors of the file may have in total, in a list of length one.
     """
 
     def __init__(self, elements: Tensor, budget: list[int]) -> None:
         self.elements, self._budget = elements, budget
 
     def tensor(self, dtype: torch.dtype | None, offset: int, size: list[int], stride: list[int]) -> Tensor:
-        """Return a tensor of some elements, by default of the storage's dtype. See `admitted.Storage`."""
+        """Return a tensor on some elements, by default with the storage's dtype; see `admitted.Storage`."""
         elements = self.elements if dtype is None else self.elements.view(dtype)
         if len(size) != len(stride):
             raise ValueError("a tensor whose strides do not match its dimensions")
@@ -57,7 +57,7 @@ class _Data:
             count *= length
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if count and last >= len(elements):
-            raise ValueError("a tensor that reaches beyond its data")
+            raise ValueError("a tensor that exceeds its data")
         self._budget[0] -= count * elements.itemsize
         if count > max(1, len(elements)) or self._budget[0] < 0:
             raise ValueError("tensors that declare more elements than the file has")
@@ -65,7 +65,7 @@ class _Data:
 
 
 def _identity(identity: tuple, others: int) -> tuple[str, torch.dtype, int]:
-    """Return key, dtype and number of elements from what stands for tensor data in the pickle."""
+    """Return key, dtype and number of elements of a reference to tensor data in the pickle."""
     kind, storage, key, _location, count, *rest = identity
     has_dtype = isinstance(storage, Admitted) and storage.storage_dtype is not None
     if kind != "storage" or not has_dtype or type(key) is not str or type(count) is not int or count < 0:
@@ -93,7 +93,7 @@ def _from_archive(path: Path, with_data: bool) -> Any:
 
 
 def _check_sizes(archive: zipfile.ZipFile, file_size: int) -> None:
-    """Raise a ValueError if the parts of an archive declare more bytes than there are."""
+    """Raise a ValueError if the parts of an archive declare more bytes than the file has."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
         raise ValueError("a compressed archive, which torch.save never writes")
@@ -102,15 +102,16 @@ def _check_sizes(archive: zipfile.ZipFile, file_size: int) -> None:
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
-    """Return a part of an archive, verified by its checksum."""
+    """Return a part of an archive after verifying its checksum."""
     data = bytearray(archive.getinfo(name).file_size)
     try:
         with archive.open(name) as part, memoryview(data) as view:
+            assert isinstance(part, zipfile.ZipExtFile)
             done = 0
             while done < len(data) and (read := part.readinto(view[done:])):
                 done += read
             if done < len(data) or part.read(1):
-                raise ValueError(f"{name} has another size than it declares")
+                raise ValueError(f"the declared size of {name} is wrong")
     except zipfile.BadZipFile as error:
         if "CRC" in str(error):
             raise ValueError(f"{name} does not match its checksum") from error
@@ -119,7 +120,7 @@ def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
 
 
 class _ArchiveData:
-    """The tensor data of an archive, each read once."""
+    """The tensor data of an archive; each part is read once."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str, file_size: int, with_data: bool) -> None:
         self._archive, self._folder, self._with_data = archive, folder, with_data
@@ -135,7 +136,7 @@ class _ArchiveData:
             name = f"{self._folder}data/{key}"
             size = self._archive.getinfo(name).file_size
             if size != count * dtype.itemsize:
-                raise ValueError(f"{name} has {size} bytes, and tensors of it declare {count * dtype.itemsize}")
+                raise ValueError(f"{name} has {size} bytes, but its tensors declare {count * dtype.itemsize}")
             self._read[key] = _Data(self._elements(name, dtype, count), self._budget)
         data = self._read[key]
         if (data.elements.dtype, len(data.elements)) != (dtype, count):
@@ -155,18 +156,18 @@ def _elements(data: bytearray, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-# All in a row
+# Sequences of pickles and tensor data
 
 
-def _from_row(path: Path, with_data: bool) -> Any:
+def _from_sequence(path: Path, with_data: bool) -> Any:
     content = path.read_bytes()
     file = io.BytesIO(content)
     magic, protocol, system = (as_plain(follow(file, _no_data)) for _ in range(3))
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
         raise ValueError("not written by torch.save")
     if system.get("little_endian") is not (sys.byteorder == "little"):
-        raise ValueError("written on a machine of the other byte order")
-    data = _RowData(len(content), with_data)
+        raise ValueError("written on a machine with another byte order")
+    data = _SequenceData(len(content), with_data)
     described = follow(file, data.storage)
     if with_data:
         data.fill(as_plain(follow(file, _no_data)), file)
@@ -174,11 +175,11 @@ def _from_row(path: Path, with_data: bool) -> Any:
 
 
 def _no_data(identity: tuple) -> _Data:
-    raise ValueError("a reference to tensor data where there is none")
+    raise ValueError("a reference to tensor data in an unexpected place")
 
 
-class _RowData:
-    """Tensor data that follows the pickle that names it."""
+class _SequenceData:
+    """Tensor data after the pickle that refers to them."""
 
     def __init__(self, file_size: int, with_data: bool) -> None:
         self._device = "cpu" if with_data else "meta"
@@ -199,7 +200,7 @@ class _RowData:
         return data
 
     def fill(self, keys: Any, file: io.BytesIO) -> None:
-        """Read the data, which come in the order of `keys`, each after its number of elements."""
+        """Read the data in the order of `keys`; each begins with its number of elements."""
         if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self._found):
             raise ValueError("tensor data that do not match the tensors")
         for key in keys:

@@ -1,8 +1,8 @@
-"""The instructions of a pickle, followed without calling anything, and the plain values that they describe.
+"""Interpreter for the instructions of a pickle that calls nothing and returns plain values.
 
-The instructions are those that torch.save writes (pickle protocol 2); any other is refused. What they describe is made
-in two steps: `follow` collects containers, scalars and calls as they come, calling nothing; `as_plain` turns calls into
-the values that `mambavision.unpickling.admitted` builds, and accepts nothing but plain types in the result.
+Only the instructions that torch.save writes (pickle protocol 2) are accepted. There are two steps: `follow` collects
+containers, scalars and descriptions of calls; `as_plain` replaces the calls by the values that
+`mambavision.unpickling.admitted` builds, and accepts only plain types in the result.
 """
 
 import pickletools
@@ -18,10 +18,10 @@ from mambavision.unpickling.admitted import ADMITTED, Admitted, RefusedError, St
 
 StorageOf = Callable[[tuple], Storage]
 
-# Checkpoints of the largest models, with optimizer and random states of 16 processes, stay below a third of these.
-_MOST_INSTRUCTIONS = 1_000_000
-_LARGEST_TREE = 1_000_000  # values, those with several places counted at each, as whoever walks through it meets them
-_DEEPEST_TREE = 60
+# Checkpoints of the largest models, with optimizer and random states of 16 processes, need less than a third of these.
+_MAX_INSTRUCTIONS = 1_000_000
+_MAX_VALUES = 1_000_000  # in the tree of values, where a value in several places counts several times
+_MAX_DEPTH = 60
 
 _SCALARS = (str, bytes, bool, int, float, type(None))
 _PLAIN = (*_SCALARS, dict, OrderedDict, Counter, list, tuple, Tensor)
@@ -35,7 +35,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass
 class _Call:
-    """A call that a pickle describes, and what it does to the result afterwards."""
+    """A call that a pickle describes, with the state and the items that it adds to the result."""
 
     function: Admitted
     arguments: tuple
@@ -44,20 +44,20 @@ class _Call:
 
 
 def follow(file: BinaryIO, storage_of: StorageOf) -> Any:
-    """Follow the instructions of one pickle, to which it stands and after which it is left.
+    """Interpret one pickle and return what it describes, with calls as descriptions.
 
     Args:
-        file: Positioned at the first instruction.
-        storage_of: Returns the storage for the identity that a tensor's data has in the pickle.
+        file: Positioned at the first instruction; afterwards behind the last one.
+        storage_of: Returns the storage for a reference to tensor data.
 
     Raises:
-        RefusedError: The pickle names something that is not admitted, or uses other instructions than torch.save.
-        ValueError, TypeError, LookupError: It is damaged.
+        RefusedError: The pickle uses a name that is not admitted, or an instruction that torch.save does not write.
+        ValueError, TypeError, LookupError: The pickle is damaged.
     """
     machine = _Machine(storage_of)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if count >= _MOST_INSTRUCTIONS:
-            raise ValueError(f"more than {_MOST_INSTRUCTIONS:,} instructions")
+        if count >= _MAX_INSTRUCTIONS:
+            raise ValueError(f"more than {_MAX_INSTRUCTIONS:,} instructions")
         machine.step(opcode.name, argument)
     (result,) = machine.stack
     return result
@@ -132,9 +132,9 @@ class _Machine:
 
     def _set(self, flat: list[Any]) -> None:
         target, pairs = self.stack[-1], list(zip(flat[::2], flat[1::2], strict=True))
-        # Other keys could take for ever to hash, or are found in no checkpoint.
+        # Other keys do not occur in checkpoints, or may take forever to hash.
         if not all(type(key) in _SCALARS and not (type(key) is int and abs(key) >= 2**60) for key, _ in pairs):
-            raise TypeError("a dictionary key that is neither text nor a number")
+            raise TypeError("a dictionary key that is neither a string nor a number")
         if type(target) is dict:
             target.update(pairs)
         elif type(target) is _Call:
@@ -185,24 +185,24 @@ class _Machine:
 
 
 def as_plain(described: Any) -> Any:
-    """Return what `follow` returned in plain types: dict, list, tuple, str, bytes, numbers, None and tensors.
+    """Convert the result of `follow` to plain types: dict, list, tuple, str, bytes, numbers, None and tensors.
 
     Raises:
-        RefusedError: Something else is in it.
-        ValueError, TypeError, LookupError: It is damaged, or meant to exhaust whoever reads it.
+        RefusedError: It contains another type.
+        ValueError, TypeError, LookupError: It is damaged, or designed to exhaust memory or time.
     """
     maker = _Maker()
     value = maker.value(described, depth=0)
-    if maker.size_of(described) > _LARGEST_TREE:
-        raise ValueError(f"more than {_LARGEST_TREE:,} values")
+    if maker.size_of(described) > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES:,} values")
     return value
 
 
 class _Maker:
-    """Makes plain values; each once, however many places it has, as tensors may share their data."""
+    """Makes plain values, each once even if it occurs several times, so that tensors keep sharing their data."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, bool], Any] = {}  # by identity, and whether it is an argument
+        self._made: dict[tuple[int, bool], Any] = {}  # by identity and `is_argument`
         self._begun: set[tuple[int, bool]] = set()
         self._sizes: dict[int, int] = {}
 
@@ -210,7 +210,7 @@ class _Maker:
         return self._sizes.get(id(node), 1 + len(node) // 100 if type(node) in (str, bytes) else 1)
 
     def value(self, node: Any, depth: int, is_argument: bool = False) -> Any:
-        """Return the value that a node describes: a plain one unless it is an argument of something admitted."""
+        """Return the value that a node describes: a plain one unless it is an argument of an admitted call."""
         made = self._once(node, depth, is_argument) if type(node) in (dict, list, tuple, _Call) else node
         if is_argument or type(made) in _PLAIN:
             return made
@@ -221,11 +221,11 @@ class _Maker:
     def _once(self, node: Any, depth: int, is_argument: bool) -> Any:
         key = id(node), is_argument
         if key not in self._made:
-            if key in self._begun or depth > _DEEPEST_TREE:
+            if key in self._begun or depth > _MAX_DEPTH:
                 raise ValueError("values that contain themselves or are nested too deeply")
             self._begun.add(key)
             self._made[key] = self._make(node, depth + 1, is_argument)
-            self._sizes[id(node)] = min(1 + sum(map(self.size_of, _parts(node))), 2 * _LARGEST_TREE)
+            self._sizes[id(node)] = min(1 + sum(map(self.size_of, _parts(node))), 2 * _MAX_VALUES)
         return self._made[key]
 
     def _make(self, node: Any, depth: int, is_argument: bool) -> Any:

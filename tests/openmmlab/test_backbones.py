@@ -222,7 +222,7 @@ def test_released_weights_are_taken_by_name(monkeypatch):
 
 def test_weights_of_another_model_are_refused(classifier):
     path, _ = classifier
-    with pytest.raises(CheckpointError, match=r"classifier.pth.tar: is of another model than the backbone: .*missing"):
+    with pytest.raises(CheckpointError, match=r"pth.tar: belongs to another model than the backbone: .*missing"):
         MM_mamba_vision(**{**SIZE, "depths": (1, 1, 2, 4)}, pretrained=path).init_weights()
     with pytest.raises(CheckpointError, match=r"of another shape"):
         MM_mamba_vision(**{**SIZE, "dim": 32}, pretrained=path).init_weights()

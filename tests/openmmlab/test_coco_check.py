@@ -194,14 +194,14 @@ def other_ground_truth(data):
         (no_root, r"coco: no such folder; .*coco/ann/train\.json and images in .*coco/pictures: .*COCO_ROOT\.$"),
         (no_annotations, r"ann/trian\.json: no such file\. Did you mean 'train\.json'\?$"),
         (set_text(""), r"train\.json: the file is empty"),
-        (set_text('{"images": ['), r"train\.json: is no JSON, perhaps cut short"),
+        (set_text('{"images": ['), r"train\.json: is not valid JSON, perhaps truncated"),
         (set_text("[]"), r"train\.json: has no list of images; it must be in COCO's format"),
         (remove("images"), r"train\.json: has no images"),
         (remove("annotations"), r"train\.json: has no annotations"),
-        (rename, r"has no category 'kite', .* Did you mean 'kit'\? It has cat, dog, kit: name these"),
+        (rename, r"has no category 'kite', .* Did you mean 'kit'\? It has cat, dog, kit; set these"),
         (no_classes, r"has no category 'person'.* \(nor 7\d others\)"),
-        (one_class_without_comma, r"classes is the text 'cat': write \('cat',\)"),
-        (swap, r"in another order or twice.* write them in this order: 'kite', 'dog', 'cat'\.$"),
+        (one_class_without_comma, r"classes is the string 'cat': write \('cat',\)"),
+        (swap, r"in another order or twice.* list them in this order: 'kite', 'dog', 'cat'\.$"),
         (take_area, r"entry 1 of annotations has no area\.$"),
         (take_segmentation, r"annotations without segmentation: 2; a model with masks"),
         (repeat_id, r"annotations have the same id: 1; ids must be unique"),
@@ -221,7 +221,7 @@ def test_bad_data_are_one_sentence(data, change, message):
 
 def test_missing_image(data):
     (data.images / "sub" / "1.jpg").unlink()
-    with pytest.raises(DataError, match=r"pictures: has not all images that .*train\.json names: sub/1\.jpg\.$"):
+    with pytest.raises(DataError, match=r"pictures: lacks images of .*train\.json: sub/1\.jpg\.$"):
         data.check()
 
 
@@ -252,14 +252,14 @@ def test_validation_data_need_no_object_of_the_classes(data, tmp_path):
 WRONG_VALUES = [
     ("annotations", "area", None, "null; it must be a finite number"),
     ("annotations", "area", 10**400, r"10{39}\.\.\.; it must be a finite number"),
-    ("annotations", "id", [1], r"\[1\]; it must be a whole number or a text"),
-    ("annotations", "category_id", True, "true; it must be a whole number"),
+    ("annotations", "id", [1], r"\[1\]; it must be an integer or a string"),
+    ("annotations", "category_id", True, "true; it must be an integer"),
     ("annotations", "bbox", [1, 2], r"\[1, 2\]; it must be \[x, y, width, height\] in finite numbers"),
     ("annotations", "bbox", [1, float("nan"), 9, 9], r"\[1, NaN, 9, 9\]; it must be \[x, y, width, height\]"),
     ("images", "width", None, "null; it must be a finite number"),
     ("images", "height", "30", '"30"; it must be a finite number'),
-    ("images", "file_name", 7, "7; it must be a text"),
-    ("categories", "name", 3, "3; it must be a text"),
+    ("images", "file_name", 7, "7; it must be a string"),
+    ("categories", "name", 3, "3; it must be a string"),
 ]
 
 
@@ -330,7 +330,7 @@ def test_data_without_objects_are_not_good(tool, data, capsys, change):
     change(data)
     with pytest.raises(DataError, match="problem"):
         run(tool, data, *OWN)
-    assert "train.json: no object that MMDetection would read\n" in capsys.readouterr().out
+    assert "train.json: no object that MMDetection would use\n" in capsys.readouterr().out
 
 
 def test_segmentation_is_left_to_the_config(tool, data, capsys):

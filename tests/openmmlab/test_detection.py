@@ -252,11 +252,11 @@ def test_wrong_checkpoint(train, score, trained, tmp_path):
     save_checkpoint({"state_dict": checkpoint["state_dict"]}, weights)
     with pytest.raises(CheckpointError, match=r"weights\.pth: contains no training that could be resumed .*load_from="):
         train("--resume", weights)
-    with pytest.raises(CheckpointError, match=r"is of another model than the config: \d+ of another shape \(neck"):
+    with pytest.raises(CheckpointError, match=r"belongs to another model than the config: \d+ of another shape \(neck"):
         score(weights, "--cfg-options", "model.neck.out_channels=24", "model.rpn_head.in_channels=24")
     other = tmp_path / "other.pth"
     save_checkpoint({**checkpoint, "state_dict": {"backbone.conv1.weight": torch.ones(1)}}, other)
-    with pytest.raises(CheckpointError, match=r"other\.pth: is of another model than the config: \d+ missing"):
+    with pytest.raises(CheckpointError, match=r"other\.pth: belongs to another model than the config: \d+ missing"):
         train("--resume", other)
 
 
@@ -296,7 +296,7 @@ def test_starting_from_other_weights(train, trained, tmp_path):
     save_checkpoint(weights, tmp_path / "part.safetensors")
     train("--cfg-options", f"load_from={tmp_path / 'part.safetensors'}", "train_cfg.max_epochs=1")
     save_checkpoint({"fc.weight": torch.ones(3, 3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"other\.safetensors: is of another model .* only 0 of \d+ entries fit"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: belongs to another .* only 0 of \d+ entries fit"):
         train("--cfg-options", f"load_from={tmp_path / 'other.safetensors'}")
 
 

@@ -236,4 +236,4 @@ def test_weights_of_another_model_are_refused(released):
 
 def test_missing_weights_are_in_the_log(caplog):
     SegMANEncoder_t(**SIZE).init_weights()
-    assert "starts untrained; for those of a classifier, use --cfg-options model.backbone.pretrained" in caplog.text
+    assert "starts untrained; for those of a classifier, set model.backbone.pretrained to its file" in caplog.text

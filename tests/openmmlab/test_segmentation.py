@@ -299,9 +299,9 @@ def with_label(value):
 
 
 WRONG_MASKS = {
-    "unknown label": (with_label(12), r"has pixels of label 12, and the classes are 1 to 11, and 0 and 255 for none"),
-    "size": (lambda labels: labels[:, :60], r"has 60 x 64 pixels, and its image 64 x 64"),
-    "colours": (lambda labels: np.stack([labels] * 3, -1), r"is a picture of mode RGB"),
+    "unknown label": (with_label(12), r"with the label 12, but the labels are 1 to 11, and 0 and 255 for no class"),
+    "size": (lambda labels: labels[:, :60], r"has 60 x 64 pixels, but its image 64 x 64"),
+    "colours": (lambda labels: np.stack([labels] * 3, -1), r"is an image of mode RGB"),
 }
 
 

@@ -247,7 +247,7 @@ def test_weights_of_a_classifier_are_taken(weights):
 
 def test_weights_of_another_model_are_refused(weights):
     path, _ = weights
-    with pytest.raises(CheckpointError, match=r"vssm\.pth: is of another model than the backbone: .*of another shape"):
+    with pytest.raises(CheckpointError, match=r"vssm\.pth: belongs to another model than .*of another shape"):
         MM_VSSM(**{**SMALL_TINY, "ssm_ratio": 2.0}, pretrained=path).init_weights()
 
 

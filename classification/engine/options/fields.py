@@ -83,7 +83,7 @@ class ProgramOptions:
         )
         # argparse's own usage would list more than a hundred flags.
         parser = Parser(cls.refused, description=cls.description, usage=f"%(prog)s [OPTION ...]{positional}")
-        _add_options(parser, parser.add_argument_group, cls)
+        _add_options(parser, cls)
         for flag, (nargs, reason) in cls.not_needed.items():
             parser.add_argument(flag, action=NotNeeded, nargs=nargs, help=f"not needed: {reason}")
         return parser
@@ -111,10 +111,14 @@ def _options_of(options: type) -> Iterator[dataclasses.Field]:
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if _is_group(kind):
             yield from _options_of(kind)
         else:
             yield field
+
+
+def _is_group(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
 
 
 def _recipe_of(words: Sequence[str], options: type) -> str | None:
@@ -131,24 +135,25 @@ def _collect(options: type, parsed: Mapping[str, Any]) -> Any:
     values = {}
     for field in dataclasses.fields(options):
         kind = hints[field.name]
-        values[field.name] = _collect(kind, parsed) if dataclasses.is_dataclass(kind) else parsed[field.name]
+        values[field.name] = _collect(kind, parsed) if _is_group(kind) else parsed[field.name]
     return options(**values)
 
 
-def _add_options(parser: Parser, add_group: Callable[..., Any] | None, options: type, target: Any = None) -> None:
+def _add_options(target: Any, options: type) -> None:
+    """Add options to a parser or to a group of it."""
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            _add_options(parser, None, kind, add_group(field.metadata["title"]))
+        if _is_group(kind):
+            _add_options(target.add_argument_group(field.metadata["title"]), kind)
         else:
-            _add_option(target or parser, field, kind)
+            _add_option(target, field, kind)
 
 
 def _add_option(target: Any, field: dataclasses.Field, kind: Any) -> None:
     details = dict(field.metadata)
     argument = {key: details[key] for key in details.keys() - {"aliases", "off", "positional", "plain"}}
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     kind = _without_none(kind)
     if kind is bool and not details["plain"]:
         argument |= {"action": Switch, "off": details["off"]}

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -65,7 +65,9 @@ class Parser(argparse.ArgumentParser):
         self.refused = refused
         self._negative_number_matcher = _NEGATIVE_NUMBER
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_args(  # type: ignore[override]  # any namespace, as argparse itself, whose stubs have overloads
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         words = self._switched([hyphenated(word) for word in (sys.argv[1:] if args is None else args)])
         for word in words:
             flag = word.split("=")[0]
@@ -82,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 
     def _switched(self, words: list[str]) -> list[str]:
         """Replace VMamba's ``--flag True`` and ``--flag False`` by ``--flag`` and ``--no-flag``."""
-        found = []
+        found: list[str] = []
         for word in words:
             action = self._option_string_actions.get(found[-1]) if found else None
             if word.lower() in ("true", "false") and isinstance(action, Switch):
@@ -94,11 +96,11 @@ class Parser(argparse.ArgumentParser):
 
     def did_you_mean(self, flag: str) -> str:
         known = self._option_string_actions
-        alias = _ALIASES.get(flag)
+        alias = _ALIASES.get(flag, "")
         close = [alias] if alias in known else difflib.get_close_matches(flag, list(known), n=1, cutoff=0.5)
         return f" Did you mean {close[0]}?" if close else ""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Exit with one sentence and status 2."""
         # `mambavision.text` would take seconds to import.
         shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
@@ -169,7 +171,7 @@ class NotNeeded(argparse.Action):
     """Accepts a flag of the original programs that has no effect here: stores nothing and prints `help`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, default=argparse.SUPPRESS, **kwargs)
+        super().__init__(*args, **{**kwargs, "default": argparse.SUPPRESS})
 
     def __call__(self, parser, namespace, values, option_string=None):
         print(f"note: {option_string} is {self.help}", file=sys.stderr)

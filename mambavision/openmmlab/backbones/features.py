@@ -2,9 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import timm
 from mmengine.runner import CheckpointLoader
@@ -17,10 +17,12 @@ from mambavision.checkpoint import EMA_KEYS, load_weights
 from mambavision.errors import ArgumentError, CheckpointError
 from mambavision.factory import create_model
 from mambavision.text import nearest
+from mambavision.timm_model import TimmModel
 
 _logger = logging.getLogger(__name__)
 
 OutNorm = Literal["ln2d", "ln", "bn"]
+Self = TypeVar("Self", bound="FeatureMaps")
 
 # Arguments that the original configs inherit from the ResNets and Swins of MMDetection's and MMSegmentation's bases,
 # because they do not delete the inherited backbone. The original programs ignore unknown arguments.
@@ -40,7 +42,7 @@ class BackboneArgumentError(ArgumentError):
     """An argument that a backbone does not have, or an invalid value."""
 
 
-class FeatureMaps:
+class FeatureMaps(TimmModel):
     """Mix-in, in front of a model class with timm's interface, that makes the model an OpenMMLab backbone.
 
     Args:
@@ -58,7 +60,7 @@ class FeatureMaps:
     prefers_ema = False  # load the averaged weights of a pretrained file, if it has any
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> TimmModel:
         """The model that computes the features."""
         return self
 
@@ -81,7 +83,12 @@ class FeatureMaps:
         if not -1 <= frozen_stages <= len(stages):
             raise BackboneArgumentError(f"frozen_stages must be from -1 to {len(stages)}, got {frozen_stages}")
         layer_norm = partial(LayerNorm2d, eps=1e-5)
-        norms = {"ln2d": layer_norm, "ln": layer_norm, "bn": nn.BatchNorm2d, None: nn.Identity}
+        norms: dict[OutNorm | None, Callable[[int], nn.Module]] = {
+            "ln2d": layer_norm,
+            "ln": layer_norm,
+            "bn": nn.BatchNorm2d,
+            None: nn.Identity,
+        }
         if norm_layer not in norms:
             raise BackboneArgumentError(f"norm_layer must be one of {', '.join(map(str, norms))}, got {norm_layer!r}")
         self.out_indices = tuple(out_indices)
@@ -105,8 +112,11 @@ class FeatureMaps:
                 self.get_submodule(f"outnorm{index}").requires_grad_(False)
         return [module for module in self.modules() if module is not self and _is_frozen(module)]
 
-    def forward(self, x: Tensor) -> list[Tensor] | Tensor:
-        """(batch, channels, H, W) -> a (batch, width, H / stride, W / stride) map of each stage of `out_indices`."""
+    def forward(self, x: Tensor) -> Any:
+        """(batch, channels, H, W) -> a list of the maps (batch, width, H / stride, W / stride) of `out_indices`.
+
+        Without `out_indices`, the final map alone.
+        """
         if not self.out_indices:
             return self.trunk.forward_features(x)
         maps = self.trunk.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
@@ -115,7 +125,7 @@ class FeatureMaps:
             for index, features in zip(self.out_indices, maps, strict=True)
         ]
 
-    def train(self, mode: bool = True) -> "FeatureMaps":
+    def train(self: Self, mode: bool = True) -> Self:
         super().train(mode)
         for module in self._frozen:
             module.train(False)
@@ -130,7 +140,7 @@ class FeatureMaps:
         if not self.pretrained:  # empty in VMamba's configs, to be set on the command line
             _logger.warning(
                 "the backbone has no pretrained weights: unless a checkpoint is loaded, it starts untrained; for those "
-                "of a classifier, use --cfg-options model.backbone.pretrained=FILE"
+                "of a classifier, set model.backbone.pretrained to its file"
             )
             return
         if timm.is_model(self.pretrained):
@@ -142,7 +152,7 @@ class FeatureMaps:
         missing = [key for key in report.missing if not key.startswith("outnorm")]
         unexpected = [key for key in report.unexpected if not key.startswith(_LEFT_OUT)]
         if missing or unexpected or report.reshaped:
-            raise CheckpointError(f"{self.pretrained}: is of another model than the backbone: {report}.")
+            raise CheckpointError(f"{self.pretrained}: belongs to another model than the backbone: {report}.")
         kind = "averaged (EMA) " if ema else ""
         _logger.info("the backbone starts from the %sweights of %s: %s", kind, self.pretrained, report)
 
@@ -177,8 +187,8 @@ def sort_arguments(
         backbone: The class, for its name and parameters in messages.
         given: Keyword arguments that are not parameters of the backbone.
         own: Names of the model's arguments.
-        consequence: What dropping inherited arguments means, for the log.
-        survivors: Names that are kept even if they are inherited.
+        consequence: Effect of dropping inherited arguments, for the log.
+        survivors: Arguments that are kept even if they are inherited.
 
     Raises:
         BackboneArgumentError: An argument is unknown; names the nearest one.

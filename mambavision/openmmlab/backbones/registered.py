@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmengine.registry import MODELS
-from torch import nn
 
 from mambavision.factory import create_model
 from mambavision.openmmlab.backbones.features import OPTIONS, FeatureMaps, OutNorm
+from mambavision.timm_model import TimmModel
 
 
 @MODELS.register_module()
-class RegisteredBackbone(FeatureMaps, nn.Module):
+class RegisteredBackbone(FeatureMaps):
     """Any model of this package, or of timm, as a backbone: ``dict(type="RegisteredBackbone", name="mamba_vision_T")``.
 
     Args:
         name: Registered name, as for `mambavision.create_model`.
-        pretrained: As for `FeatureMaps`; True means the released weights of `name`.
+        pretrained: See `FeatureMaps`; True for the released weights of `name`.
         others: Options of `FeatureMaps`; all others are arguments of the model, for example ``drop_path_rate``.
     """
 
@@ -35,5 +35,5 @@ class RegisteredBackbone(FeatureMaps, nn.Module):
         self._set_up(out_indices, norm_layer, name if pretrained is True else pretrained or None, **options)
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> TimmModel:
         return self.model

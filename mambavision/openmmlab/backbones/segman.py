@@ -24,10 +24,10 @@ class SegMANBackbone(FeatureMaps, SegMANEncoder):
 
     Args:
         out_indices: Stages whose features are returned.
-        pretrained: As for `FeatureMaps`. Averaged weights in the file (``state_dict_ema``) are preferred.
+        pretrained: See `FeatureMaps`. Averaged weights in the file (``state_dict_ema``) are preferred.
         use_checkpoint: Number of blocks of each stage whose activations are recomputed in the backward pass, as in the
             original; any number but 0 means all, like ``with_cp=True``.
-        frozen_stages, norm_eval, with_cp, init_cfg: As for `FeatureMaps`.
+        frozen_stages, norm_eval, with_cp, init_cfg: See `FeatureMaps`.
         others: Arguments of `SegMANEncoder` that override the variant's. Arguments that the original accepts without
             effect (``image_size``, ``style``, ...) are ignored, with a log message.
     """

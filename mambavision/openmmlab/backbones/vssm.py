@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mambavision.models import VMamba
-from mambavision.openmmlab.backbones.features import BackboneArgumentError, FeatureMaps, sort_arguments
+from mambavision.openmmlab.backbones.features import BackboneArgumentError, FeatureMaps, OutNorm, sort_arguments
 from mambavision.text import nearest
 
 # Keywords with the same meaning in both.
@@ -35,7 +35,7 @@ _ROUTES = {
     "v052dc": "cascade",
 }
 _VANILLA = ("v0", "v0seq")
-_POSTFIXES = {
+_POSTFIXES: dict[str, dict[str, Any]] = {
     "_noz": {"gate": False},
     "_nozact": {"gate_act": False},
     "_oact": {"out_act": True},
@@ -65,7 +65,7 @@ def scan_arguments(forward_type: str) -> dict[str, Any]:
     core, *words = str(forward_type).split("_")
     if core not in _ROUTES:
         raise refused(f"{core!r} is none of {', '.join(_ROUTES)}.{nearest(core, _ROUTES)}")
-    arguments = {"routes": _ROUTES[core], "gate": True}
+    arguments: dict[str, Any] = {"routes": _ROUTES[core], "gate": True}
     if core in _VANILLA:
         if words:
             raise refused(f"{core} takes no postfixes; v05 is the same scan and takes them.")
@@ -116,7 +116,7 @@ class MM_VSSM(FeatureMaps, VMamba):  # noqa: N801
         self,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: str | None = None,
-        norm_layer: str = "ln",
+        norm_layer: OutNorm = "ln",
         use_checkpoint: bool = False,
         **others: Any,
     ) -> None:

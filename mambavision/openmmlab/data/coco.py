@@ -1,4 +1,4 @@
-"""Data sets in COCO's layout: what is wrong with them, and with a config that names them, before training starts."""
+"""Checks of data sets in COCO's layout, and of configs that use them, before training starts."""
 
 import contextlib
 import json
@@ -16,23 +16,23 @@ from mambavision.errors import DataError
 from mambavision.running.process import this_process
 from mambavision.text import nearest
 
-_HUGE = 1e12  # no number of an annotation is beyond
+_MAX_NUMBER = 1e12  # in annotations
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _HUGE  # NaN is not
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER  # NaN is not
 
 
 def _is_box(value: Any) -> bool:
     return type(value) is list and len(value) == 4 and all(map(_is_number, value))
 
 
-# What values must be, and whether one is.
-_ID = "a whole number or a text", lambda value: type(value) in (int, str)
-_TEXT = "a text", lambda value: type(value) is str
+# Descriptions of valid values, and tests for them.
+_ID = "an integer or a string", lambda value: type(value) in (int, str)
+_TEXT = "a string", lambda value: type(value) is str
 _NUMBER = "a finite number", _is_number
 _BOX = "[x, y, width, height] in finite numbers", _is_box
-_NEEDED = {  # by MMDetection
+_REQUIRED = {  # by MMDetection
     "images": {"id": _ID, "file_name": _TEXT, "width": _NUMBER, "height": _NUMBER},
     "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": _BOX, "area": _NUMBER},
     "categories": {"id": _ID, "name": _TEXT},
@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Findings:
-    """What is wrong with annotations and images: problems, and remarks on what MMDetection copes with."""
+    """Result of a check of annotations and images: problems, and remarks on flaws that MMDetection tolerates."""
 
     content: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -56,8 +56,8 @@ def read_annotations(ann: Path) -> dict[str, list[dict[str, Any]]]:
     """Read an annotation file.
 
     Raises:
-        DataError: It is missing or not in COCO's format, has no images or objects, a value of a wrong type, or an id
-            twice.
+        DataError: The file is missing or not in COCO's format, has no images or objects, or contains a value of the
+            wrong type or a duplicate id.
     """
     if not ann.is_file():
         siblings = [file.name for file in ann.parent.glob("*.json")]
@@ -67,8 +67,8 @@ def read_annotations(ann: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         content = json.loads(ann.read_bytes())
     except (ValueError, OSError) as error:
-        raise DataError(f"{ann}: is no JSON, perhaps cut short ({error}); download or copy it again.") from None
-    for key in _NEEDED:
+        raise DataError(f"{ann}: is not valid JSON, perhaps truncated ({error}); download or copy it again.") from None
+    for key in _REQUIRED:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise DataError(f"{ann}: has no list of {key}; it must be in COCO's format for object detection.")
@@ -82,13 +82,13 @@ def read_annotations(ann: Path) -> dict[str, list[dict[str, Any]]]:
     repeated = [name for name, count in Counter(files).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{ann}: images have the same file_name: {some(repeated)}; name each once, with all its objects."
+            f"{ann}: images have the same file_name: {some(repeated)}; list each image once, with all its objects."
         )
     return content
 
 
 def _check_entries(ann: Path, key: str, entries: list[Any]) -> None:
-    needed = _NEEDED[key]
+    needed = _REQUIRED[key]
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict) or not needed.keys() <= entry.keys():
             lacking = needed.keys() - entry.keys() if isinstance(entry, dict) else needed
@@ -102,7 +102,7 @@ def _check_entries(ann: Path, key: str, entries: list[Any]) -> None:
 
 
 def examine_annotations(findings: Findings) -> None:
-    """Add what is wrong with the objects and categories of `findings.content`."""
+    """Add the problems of the objects and categories in `findings.content`."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in findings.content["images"]}
     categories = {category["id"] for category in findings.content["categories"]}
     names = Counter(category["name"] for category in findings.content["categories"])
@@ -126,7 +126,7 @@ def examine_annotations(findings: Findings) -> None:
     findings.problems += [f"{what}: annotation {some(ids)}" for what, ids in wrong.items() if ids]
     findings.problems += [f"{count} categories have the name {name}" for name, count in names.items() if count > 1]
     if next(_objects(findings.content, categories), None) is None:
-        findings.problems.append("no object that MMDetection would read")
+        findings.problems.append("no object that MMDetection would use")
     findings.remarks += [f"{what}: annotation {some(ids)}" for what, ids in odd.items() if ids]
     empty = len(sizes.keys() - {entry["image_id"] for entry in findings.content["annotations"]})
     if empty:
@@ -134,7 +134,7 @@ def examine_annotations(findings: Findings) -> None:
 
 
 def _objects(content: dict[str, list[dict[str, Any]]], categories: Set[Id]) -> Iterator[dict[str, Any]]:
-    """Yield the annotations of some categories that MMDetection does not pass over."""
+    """Yield the annotations of some categories that MMDetection does not ignore."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     for entry in content["annotations"]:
         if entry["category_id"] in categories and entry["image_id"] in sizes and not entry.get("ignore"):
@@ -146,12 +146,13 @@ def _objects(content: dict[str, list[dict[str, Any]]], categories: Set[Id]) -> I
 
 
 def unusable_files(images: Iterable[dict[str, Any]], folder: Path) -> tuple[list[str], list[str]]:
-    """Return the file names that are not in the folder, and those of empty files."""
+    """Return the names of missing files, and those of empty files."""
     sizes = _file_sizes(folder)
-    missing, empty = [], []
+    missing: list[str] = []
+    empty: list[str] = []
     for name in (image["file_name"] for image in images):
         size = sizes.get(name)
-        if size is None and (folder / name).is_file():  # behind a link, or written in another way
+        if size is None and (folder / name).is_file():  # behind a link, or spelled differently
             size = (folder / name).stat().st_size
         if not size:
             (missing if size is None else empty).append(name)
@@ -159,7 +160,7 @@ def unusable_files(images: Iterable[dict[str, Any]], folder: Path) -> tuple[list
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
-    """Return the sizes of all files below a folder, which is listed once: it may have 118,287 files."""
+    """Return the sizes of all files below a folder, which is scanned only once: it may have 118,287 files."""
     top = os.path.join(folder, "")
     sizes, pending = {}, [top]
     while pending:
@@ -172,20 +173,20 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-# Against a config
+# Checks against a config
 
 
 def check_datasets(cfg: Config, phases: Sequence[str] = ("train", "val")) -> None:
-    """Check the data sets that a config names, as far as they are in COCO's layout.
+    """Check the data sets of a config that are in COCO's layout.
 
-    Every process does it, so that all of them end when something is wrong; the first one logs what is odd.
+    Every process checks them, so that all end if there is a problem; the first process logs the remarks.
 
     Args:
         cfg: Config of MMDetection.
-        phases: Which data sets: "train", "val", "test".
+        phases: Data sets to check: "train", "val", "test".
 
     Raises:
-        DataError: The run could not start, would break off, or would take classes for others.
+        DataError: The run would fail, or confuse classes.
     """
     for phase in phases:
         datasets = _coco_datasets((cfg.get(f"{phase}_dataloader") or {}).get("dataset"))
@@ -195,7 +196,8 @@ def check_datasets(cfg: Config, phases: Sequence[str] = ("train", "val")) -> Non
             truth = evaluator.get("ann_file")
             if truth and files and Path(truth).resolve() not in [file.resolve() for file in files]:
                 raise DataError(
-                    f"{phase}_evaluator.ann_file is {truth}, but {phase}_dataloader reads {files[0]}: set both alike."
+                    f"{phase}_evaluator.ann_file is {truth}, but {phase}_dataloader reads {files[0]}; set both to the "
+                    "same file."
                 )
 
 
@@ -208,14 +210,15 @@ def _coco_datasets(node: Any) -> Iterator[dict[str, Any]]:
             yield from _coco_datasets(each)
     elif isinstance(node, dict):
         kind = _dataset_class(node)
-        # Subclasses with a format of their own, such as LVIS's, are for MMDetection to check.
+        # Subclasses with another format, such as LVIS's, are not checked here.
         if kind is not None and getattr(kind, "load_data_list", None) is CocoDataset.load_data_list:
             yield node
         for key in ("dataset", "datasets"):
             yield from _coco_datasets(node.get(key))
 
 
-def _dataset_class(dataset: dict[str, Any]) -> type | None:
+def _dataset_class(dataset: dict[str, Any]) -> Any:
+    """Return the class of a data set, or None if it is unknown."""
     from mmdet.registry import DATASETS
 
     kind = dataset.get("type")
@@ -236,7 +239,7 @@ def _check_dataset(dataset: dict[str, Any], model: dict[str, Any], is_trained: b
         )
     missing, empty = unusable_files(findings.content["images"], images)
     if missing:
-        raise DataError(f"{images}: has not all images that {ann} names: {some(missing)}.")
+        raise DataError(f"{images}: lacks images of {ann}: {some(missing)}.")
     if empty:
         raise DataError(f"{images}: has empty files: {some(empty)}; download or copy them again.")
     examine_annotations(findings)
@@ -267,30 +270,30 @@ def _check_objects(
     classes: Sequence[str],
     is_trained: bool,
 ) -> None:
-    """Check that there are objects of the config's classes, and what its masks need."""
+    """Check that there are objects of the config's classes, with masks if the model needs them."""
     objects = list(_objects(content, {each["id"] for each in content["categories"] if each["name"] in classes}))
     smallest = 0 if dataset.get("test_mode") else (dataset.get("filter_cfg") or {}).get("min_size", 0)
-    left = {image["id"] for image in content["images"] if min(image["width"], image["height"]) >= smallest}
-    if is_trained and left.isdisjoint(each["image_id"] for each in objects):
+    usable = {image["id"] for image in content["images"] if min(image["width"], image["height"]) >= smallest}
+    if is_trained and usable.isdisjoint(each["image_id"] for each in objects):
         where = f" in images of at least {smallest} pixels (filter_cfg.min_size)" if smallest else ""
         raise DataError(f"{ann}: has no object of the config's classes{where}: nothing to train on.")
     bare = [each["id"] for each in objects if not each.get("segmentation")]
     if bare and True in _values(dataset.get("pipeline"), "with_mask"):
         raise DataError(
-            f"{ann}: annotations without segmentation: {some(bare)}; a model with masks needs it of every object: "
-            "remove these objects, or train a detector of boxes."
+            f"{ann}: annotations without segmentation: {some(bare)}; a model with masks needs one for every object; "
+            "remove these objects, or train a model without masks."
         )
 
 
 def dataset_meta(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Return what a data set's config or, failing that, its class says about it, such as ``classes``."""
+    """Return the metadata of a data set, such as ``classes``, from its config or else its class."""
     while "type" in dataset and "metainfo" not in dataset and ("dataset" in dataset or "datasets" in dataset):
         dataset = dataset["dataset"] if "dataset" in dataset else dataset["datasets"][0]
     kind = _dataset_class(dataset)
     meta = kind._load_metainfo(dataset.get("metainfo")) if hasattr(kind, "_load_metainfo") else {}
     if isinstance(meta.get("classes"), str):
         raise DataError(
-            f"metainfo.classes is the text {meta['classes']!r}: write ({meta['classes']!r},) for a single class, or "
+            f"metainfo.classes is the string {meta['classes']!r}: write ({meta['classes']!r},) for a single class, or "
             "the name of a file with a class on each line."
         )
     return meta
@@ -303,24 +306,24 @@ def _check_classes(ann: Path, categories: list[str], classes: Iterable[str]) -> 
         raise DataError(
             f"{ann}: has no category {absent[0]!r}, which is a class of the config"
             f"{f' (nor {len(absent) - 1} others)' if absent[1:] else ''}.{nearest(absent[0], categories)} It has "
-            f"{some(categories, 20)}: name these as metainfo=dict(classes=...)."
+            f"{some(categories, 20)}; set these as metainfo=dict(classes=...)."
         )
     used = [name for name in categories if name in classes]
     if used != classes:
-        # MMDetection numbers classes in the order of the file and names them in that of the config.
+        # MMDetection numbers classes in the order of the file, but names them in that of the config.
         raise DataError(
-            f"{ann}: has the config's classes in another order or twice, and MMDetection would mix up their names; "
-            f"write them in this order: {', '.join(map(repr, dict.fromkeys(used)))}."
+            f"{ann}: has the config's classes in another order or twice, so MMDetection would confuse them; "
+            f"list them in this order: {', '.join(map(repr, dict.fromkeys(used)))}."
         )
 
 
 def head_classes(model: dict[str, Any]) -> set[int]:
-    """Return the numbers of classes of a detector's heads; without errors in the config there is one."""
+    """Return the distinct numbers of classes of a detector's heads; a consistent config has one."""
     return set(_values(model, "num_classes", skip=("backbone", "rpn_head", "semantic_head")))
 
 
 def _values(node: Any, key: str, skip: Sequence[str] = ()) -> Iterator[Any]:
-    """Yield everything that has this key, at any depth, but not below the keys to skip."""
+    """Yield all values of a key, at any depth except below the keys to skip."""
     if isinstance(node, dict):
         if key in node:
             yield node[key]
@@ -335,4 +338,4 @@ def _values(node: Any, key: str, skip: Sequence[str] = ()) -> Iterator[Any]:
 def some(items: Sequence, limit: int = 3) -> str:
     """``1, 2, 3, ... (17 in all)``"""
     shown = ", ".join(map(str, items[:limit]))
-    return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in all)"
+    return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in total)"

@@ -1,4 +1,4 @@
-"""Checks of a data set in COCO's layout by itself: annotations and images are complete and consistent."""
+"""Check that a data set in COCO's layout is complete and consistent, without a config."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +13,14 @@ from mambavision.openmmlab.data.coco import Findings, examine_annotations, read_
 from mambavision.openmmlab.prediction.sources import check_image
 from mambavision.running.progress import progress
 
-COCO_2017 = [  # annotations, folder of images, their number
+COCO_2017: list[tuple[str, str, int | None]] = [  # annotations, folder of images, number of images
     ("annotations/instances_train2017.json", "train2017", 118_287),
     ("annotations/instances_val2017.json", "val2017", 5_000),
 ]
 COCO_CATEGORIES = 80
 DOWNLOAD = (
-    "COCO 2017 is available from https://cocodataset.org/#download: unpack train2017.zip (18 GB), val2017.zip (1 GB) and "
-    "annotations_trainval2017.zip (241 MB) in"
+    "COCO 2017 is available from https://cocodataset.org/#download: unpack train2017.zip (18 GB), val2017.zip (1 GB) "
+    "and annotations_trainval2017.zip (241 MB) in"
 )
 SAMPLED = 200
 
@@ -42,7 +42,8 @@ def check(root: str | Path, ann: Sequence[str], images: Sequence[str], full: boo
     table = Table(title=str(root), title_justify="left")
     for column in ("annotations", "images", "objects", "categories", ""):
         table.add_column(column, overflow="fold")
-    problems, remarks = [], []
+    problems: list[str] = []
+    remarks: list[str] = []
     for annotations, folder, expected in parts:
         findings = _examine_part(root / annotations, root / folder, full)
         counts = [len(findings.content.get(key, ())) for key in ("images", "annotations", "categories")]
@@ -87,6 +88,7 @@ def _examine_part(ann: Path, images: Path, full: bool) -> Findings:
 
 def _examine_images(entries: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[str]]:
     """Return the images that cannot be decoded, and those whose size contradicts their entry."""
+
     def size(entry: dict[str, Any]) -> tuple[int, int] | None:
         try:
             return check_image(folder / entry["file_name"])

@@ -1,4 +1,4 @@
-"""Masks of class indices: reading and checking them."""
+"""Reading and checking of masks, which contain the class index of each pixel."""
 
 from typing import Any
 
@@ -32,25 +32,25 @@ def problem_of(
         is_reduced: The indices are one less than in the file, where 0 marks pixels without a class.
     """
     if labels.ndim != 2:
-        return f"has {labels.shape[-1]} channels, and a mask has one, the number of the class of each pixel"
+        return f"has {labels.shape[-1]} channels, but a mask has one, the class index of each pixel"
     if image_shape is not None and labels.shape != tuple(image_shape[:2]):
         (height, width), (image_height, image_width) = labels.shape, image_shape[:2]
-        return f"has {width} x {height} pixels, and its image {image_width} x {image_height}"
+        return f"has {width} x {height} pixels, but its image {image_width} x {image_height}"
     unknown = [label for label in np.unique(labels).tolist() if label >= num_classes and label != ignored]
     if unknown:
         some = ", ".join(str(label + is_reduced) for label in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        known = f"1 to {num_classes}, and 0 and 255" if is_reduced else f"0 to {num_classes - 1}, and {ignored}"
-        return f"has pixels of label {some}, and the classes are {known} for none"
+        classes, no_class = (f"1 to {num_classes}", "0 and 255") if is_reduced else (f"0 to {num_classes - 1}", ignored)
+        return f"has pixels with the label {some}, but the labels are {classes}, and {no_class} for no class"
     return ""
 
 
 @TRANSFORMS.register_module()
 class LoadCheckedAnnotations(LoadAnnotations):
-    """MMSegmentation's loading step, with an error that names an invalid mask; a GPU would only fail an assertion.
+    """MMSegmentation's loading step with an error that names an invalid mask, instead of a failed assertion on a GPU.
 
     Args:
-        num_classes: As for `problem_of`.
-        ignored: As for `problem_of`.
+        num_classes: Number of classes.
+        ignored: Label of pixels without a class.
         others: Arguments of ``LoadAnnotations``.
     """
 
@@ -70,7 +70,7 @@ class LoadCheckedAnnotations(LoadAnnotations):
 
 
 def loader_of(dataset: ConfigDict) -> LoadAnnotations:
-    """Return the step that loads masks as in the data set's pipeline."""
+    """Return the step of the data set's pipeline that loads masks."""
     steps = [step for step in settings_in(dataset.get("pipeline", [])) if step.get("type") == "LoadAnnotations"]
     options = {key: value for key, value in (steps[0] if steps else {}).items() if key not in ("type", "_scope_")}
     return LoadAnnotations(**options)

@@ -1,4 +1,4 @@
-"""Checks of segmentation data: complete, consistent, and fitting the config."""
+"""Check that segmentation data are complete, consistent, and fit the config."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mmseg
-import mmseg.datasets  # registers them
+import mmseg.datasets  # registers the data sets
 from mmengine import Config
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
@@ -83,13 +83,14 @@ def check_datasets(config: Config, splits: Sequence[str] = SPLITS) -> None:
 @dataclass
 class Findings:
     """Size and problems of a data set."""
+
     images: int = 0
     classes: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 def _examine(config: Config, splits: Sequence[str], full: bool) -> Iterator[tuple[str, Findings]]:
-    """Yield findings on the data sets of some splits: each data set once, including nested ones."""
+    """Yield findings on each data set of some splits once, including nested ones."""
     seen: list[Any] = []
     for split in splits:
         for setting in settings_in((config.get(f"{split}_dataloader") or {}).get("dataset", {})):
@@ -157,10 +158,8 @@ def build_dataset(setting: ConfigDict, config: Config, **others: Any) -> BaseSeg
         raise UserError(f"{config.filename}: {error}.") from error
 
 
-def _problems_of_masks(
-    entries: list[dict[str, Any]], setting: ConfigDict, config: Config, full: bool
-) -> Iterator[str]:
-    """Yield the problems of the masks of a data set's entries, one sentence of each kind."""
+def _problems_of_masks(entries: list[dict[str, Any]], setting: ConfigDict, config: Config, full: bool) -> Iterator[str]:
+    """Yield the problems of a data set's masks, one sentence for each kind."""
     folders = {os.path.dirname(entry["seg_map_path"]) for entry in entries}
     masks = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     missing = [entry["seg_map_path"] for entry in entries if not _is_in(masks, entry["seg_map_path"])]
@@ -201,9 +200,9 @@ def _problem_of_header(entry: dict[str, Any]) -> str:
         path = entry["seg_map_path"]
         with Image.open(path) as mask:
             if mask.mode not in ("L", "P", "1"):
-                return f"{path}: is a picture of mode {mask.mode}, and a mask has 8 bits, the class of each pixel"
+                return f"{path}: is an image of mode {mask.mode}, but a mask has 8 bits, the class index of each pixel"
             if mask.size != size:
-                return "{}: has {} x {} pixels, and its image {} x {}".format(path, *mask.size, *size)
+                return "{}: has {} x {} pixels, but its image {} x {}".format(path, *mask.size, *size)
     except OSError as error:
         return f"{path}: cannot be read as an image ({getattr(error, 'strerror', None) or error})"
     return ""

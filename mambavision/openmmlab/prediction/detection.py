@@ -1,4 +1,4 @@
-"""Detecting objects in images and videos."""
+"""Detection of objects in images and videos."""
 
 import contextlib
 import logging
@@ -91,13 +91,13 @@ class Detector:
     """A detector with trained weights, which also draws its detections.
 
     Args:
-        cfg: Its config.
-        checkpoint: Content of a checkpoint of it.
-        path: Where the checkpoint comes from, for messages.
-        device: Where it runs.
+        cfg: Config of the detector.
+        checkpoint: Content of its checkpoint.
+        path: Name of the checkpoint in error messages.
+        device: Device of the model.
 
     Raises:
-        CheckpointError: The checkpoint is of another model.
+        CheckpointError: The checkpoint belongs to another model.
     """
 
     def __init__(self, cfg: Config, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
@@ -113,12 +113,12 @@ class Detector:
         self._visualizer = DetLocalVisualizer(alpha=0.5)
         palette = meta.get("palette")
         enough = isinstance(palette, (list, tuple)) and len(palette) >= len(self.classes)
-        # Matplotlib, which writes the names, interprets a dollar sign as the start of mathematics.
+        # The names are drawn by Matplotlib, where a dollar sign starts a formula.
         shown = [escaped(name).replace("$", r"\$") for name in self.classes]
         self._visualizer.dataset_meta = {"classes": shown, "palette": palette if enough else "random"}
 
     def detect(self, frames: list[Frame], threshold: float) -> list[DetDataSample]:
-        """Return the objects in each image with at least this score, on the CPU."""
+        """Return the objects in each image whose score is at least `threshold`, on the CPU."""
         prepared = [self.prepare(frame) for frame in frames]
         with torch.inference_mode():
             samples = self._model.test_step({key: [each[key] for each in prepared] for key in prepared[0]})
@@ -138,6 +138,7 @@ def _meta(cfg: Config, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     """Return classes and palette of the checkpoint or, if it has none, of the config."""
     kept = checkpoint.get("meta", {})
     kept = {key.lower(): value for key, value in {**kept, **kept.get("dataset_meta", {})}.items()}
+    error: type[UserError]
     if kept.get("classes"):
         origin, error, meta = path, CheckpointError, kept
     else:

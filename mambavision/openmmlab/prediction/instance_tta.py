@@ -1,4 +1,4 @@
-"""Test-time augmentation with masks, which MMDetection's own does not support."""
+"""Test-time augmentation for models with masks, which MMDetection's own does not support."""
 
 import torch
 from mmcv.ops import batched_nms

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mambavision.text import escaped
 
 _LEGEND_WIDTH, _LINE_HEIGHT, _MARGIN = 180, 20, 6  # pixels
-_LEAST_LINES = 8
+_MIN_LINES = 8
 _PAPER, _INK = (255, 255, 255), (30, 30, 30)
 
 
@@ -38,7 +38,7 @@ class Overlay:
         height, width = mask.shape
         colours = self._palette[mask][..., ::-1]
         mixed = np.round(image * (1 - self._opacity) + colours * self._opacity).astype(np.uint8)
-        rows = max(height, _LEAST_LINES * _LINE_HEIGHT)
+        rows = max(height, _MIN_LINES * _LINE_HEIGHT)
         rows += rows % 2  # required by video codecs
         columns = width + width % 2
         picture = np.full((rows, columns + _LEGEND_WIDTH, 3), _PAPER, np.uint8)

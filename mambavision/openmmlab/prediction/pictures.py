@@ -31,7 +31,7 @@ class Pictures:
         given = {source.path.resolve() for source in sources}
         for source in sources:
             if (folder / source.result).resolve() in given:
-                raise UserError(f"--out {folder}: {source.result} there is an input; choose another folder.")
+                raise UserError(f"--out {folder}: would overwrite the input {source.result}; choose another folder.")
 
     def __enter__(self) -> "Pictures":
         self._folder_is_new = not self._folder.exists()
@@ -47,7 +47,8 @@ class Pictures:
     def add(self, frame: Frame, picture: np.ndarray) -> None:
         """Write the picture of `frame`, (H, W, 3) in BGR order; the frames of a video in sequence."""
         path = self._unfinished / frame.source.result
-        if not frame.source.is_video:
+        fps = frame.source.fps
+        if fps is None:
             with replacing(path) as file:
                 file.write(cv2.imencode(path.suffix, picture)[1].tobytes())
             return
@@ -55,7 +56,7 @@ class Pictures:
             self.finish()
             path.parent.mkdir(parents=True, exist_ok=True)
             height, width = picture.shape[:2]
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), frame.source.fps, (width, height))
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
             self._video = frame.source, writer
             self._frames = 0
         self._video[1].write(picture)
@@ -75,7 +76,7 @@ class Pictures:
         if int(written) != self._frames:
             raise OutputError(
                 f"{self._folder / source.result}: the video cannot be written: the disk is full, or this OpenCV has no "
-                "MPEG-4 encoder; go without pictures (--no-pictures)."
+                "MPEG-4 encoder; free some space, or leave out pictures (--no-pictures)."
             )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

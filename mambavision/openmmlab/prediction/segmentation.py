@@ -1,4 +1,4 @@
-"""Segmenting images and videos."""
+"""Segmentation of images and videos."""
 
 import logging
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def segment(
         config: Config file of the model.
         checkpoint: Its weights.
         out: Output folder.
-        opacity: Of the colours, from 0 to 1.
+        opacity: Opacity of the colours, from 0 to 1.
         device: Name of the device; empty for a GPU if there is one.
         cfg_options: Settings that override the config.
     """
@@ -71,7 +71,7 @@ def segment(
 
 
 def mask_of(source: Source, index: int) -> Source:
-    """Return the place of the mask of an image, or of a frame of a video."""
+    """Return the source with the output path of the mask of an image or of a frame of a video."""
     result = PurePath(MASKS, source.result)
     if source.is_video:
         result = result.with_suffix("") / f"{index:06d}.png"
@@ -84,18 +84,18 @@ class Segmenter:
     """A segmentation model with trained weights.
 
     Args:
-        config: Its config.
-        checkpoint: Content of a checkpoint of it.
-        path: Where the checkpoint comes from, for messages.
-        device: Where it runs.
+        config: Config of the model.
+        checkpoint: Content of its checkpoint.
+        path: Name of the checkpoint in error messages.
+        device: Device of the model.
 
     Attributes:
-        classes: Their names.
+        classes: Names of the classes.
         palette: Red, green and blue of each class, 0 to 255.
 
     Raises:
-        CheckpointError: The checkpoint is of another model.
-        UserError: The config contradicts itself.
+        CheckpointError: The checkpoint belongs to another model.
+        UserError: The config is inconsistent.
     """
 
     def __init__(self, config: Config, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
@@ -121,7 +121,7 @@ def _classes(config: Config, checkpoint: dict[str, Any], path: str) -> tuple[lis
     names, known = list(kept["classes"]), number_of_classes(config)[0]
     if len(names) != known:
         raise CheckpointError(
-            f"{path}: names {len(names)} classes, and the model of {config.filename} has {known} (num_classes); give "
+            f"{path}: names {len(names)} classes, but the model of {config.filename} has {known} (num_classes); give "
             "the config that the checkpoint was trained with."
         )
     palette = kept.get("palette") or []

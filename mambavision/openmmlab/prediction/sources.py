@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """An image or video file, and the place of its result below the output folder."""
+    """An image or video file, and the path of its result relative to the output folder."""
 
     path: Path
     result: PurePath
@@ -129,14 +129,14 @@ def check_image(path: Path) -> tuple[int, int]:
     """Return height and width of an upright image.
 
     Raises:
-        DataError: It cannot be decoded as `read_frames` does it, or is cut short: OpenCV would fill it up with grey.
+        DataError: It cannot be decoded as in `read_frames`, or is truncated: OpenCV would fill the rest with grey.
     """
     try:
         with Image.open(path) as image:
-            image.draft(None, (1, 1))  # an eighth of the size, where the format has it: only errors matter
+            image.draft(None, (1, 1))  # an eighth of the size, if the format supports it: only errors matter
             image.load()
     except UnidentifiedImageError:
-        raise DataError(f"{path}: is not an image; remove it, or give the images one by one.") from None
+        raise DataError(f"{path}: is not an image; remove it, or give the images individually.") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be decoded ({reason}); repair or remove it.") from error

@@ -7,10 +7,11 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from mmengine.dataset import InfiniteSampler
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from mambavision.errors import UserError
 from mambavision.running.sampling import SampleView, SeededDataset, ViewCounter
@@ -21,14 +22,15 @@ class ViewBatches(Sampler):
     """Batches of a batch sampler as `SampleView`s, from any batch on; empty before `start`.
 
     Args:
-        batch_sampler: Yields batches of indices.
+        batch_sampler: A BatchSampler of torch or OpenMMLab.
         endless: Epoch after epoch, instead of one.
     """
 
-    def __init__(self, batch_sampler: BatchSampler, endless: bool) -> None:
+    def __init__(self, batch_sampler: Any, endless: bool) -> None:
         self.batch_sampler, self.endless = batch_sampler, endless
         self.sampler, self.batch_size = batch_sampler.sampler, batch_sampler.batch_size  # mmengine reads them
-        self._epoch, self._first = 0, None
+        self._epoch = 0
+        self._first: int | None = None
 
     def start(self, epoch: int, first: int) -> None:
         """Start the next iteration at a batch of an epoch, both counted from 0."""

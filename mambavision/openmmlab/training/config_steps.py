@@ -57,7 +57,7 @@ def at_start(config: Config, source: str | None, resumed: dict[str, Any] | None)
 
 
 def for_machine(config: Config, group: Group) -> tuple[Config, list[str]]:
-    """Replace what works on GPUs only: synchronised batch norms, mixed precision, arguments of DDP.
+    """Replace features that need GPUs: synchronised batch norms, mixed precision, arguments of DDP.
 
     Returns:
         The config, and sentences for the log about replacements that affect results.

@@ -36,6 +36,8 @@ class SafeCheckpointHook(CheckpointHook):
     First the new checkpoint is completed, then the file ``last_checkpoint`` names it, then old ones are deleted.
     """
 
+    file_backend: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name in self.args:  # mmengine would notice at the first checkpoint only
@@ -102,8 +104,8 @@ class OwnFolderHook(Hook):
     """Adds the start's number to checkpoints, and prevents writing if the run's folder was deleted.
 
     Args:
-        start: See `mambavision.resume.number_of_start`.
-        lock: Of the folder.
+        start: Number of the start, see `mambavision.running.newest.new_start_number`.
+        lock: Lock of the folder.
     """
 
     def __init__(self, start: float, lock: FolderLock) -> None:

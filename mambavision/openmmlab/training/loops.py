@@ -9,7 +9,7 @@ import torch.distributed
 from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, set_random_seed
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -50,7 +50,7 @@ class _WatchValidation(Hook):
             self._signals.raise_if_received(current_group())
 
 
-class _ExactLoop:
+class _ExactLoop(BaseLoop):
     """Common part of both loops.
 
     The random numbers of a sample depend on seed, process, epoch and sample only, those of the main process (dropout,
@@ -73,7 +73,9 @@ class _ExactLoop:
 
     @property
     def _views(self) -> ViewBatches:
-        return self.dataloader.batch_sampler
+        views = self.dataloader.batch_sampler
+        assert isinstance(views, ViewBatches)
+        return views
 
     def _begin(self) -> None:
         """Prepare the parts that need the complete runner, after a checkpoint was loaded."""

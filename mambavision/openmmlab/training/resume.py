@@ -30,8 +30,8 @@ def find(work_dir: Path, resume: str) -> tuple[str, dict[str, Any]] | None:
     """Return path and content of the checkpoint to resume, or None.
 
     Args:
-        work_dir: Of the run.
-        resume: What is requested, see `requested`.
+        work_dir: Folder of the run.
+        resume: The requested checkpoint, see `requested`.
     """
     found = _preempted(work_dir, resume)
     if found is None and resume in ("", NEVER):
@@ -39,7 +39,7 @@ def find(work_dir: Path, resume: str) -> tuple[str, dict[str, Any]] | None:
     if found is None:
         folder = work_dir if resume == AUTO else Path(resume)
         is_file = resume != AUTO and not folder.is_dir()
-        found = (folder, load_from_local(folder)) if is_file else newest_valid(_checkpoints(folder), _position)
+        found = (folder, load_from_local(str(folder))) if is_file else newest_valid(_checkpoints(folder), _position)
     if found is None:
         _logger.warning("nothing to resume in %s: starting a new training", folder)
         return None
@@ -47,7 +47,7 @@ def find(work_dir: Path, resume: str) -> tuple[str, dict[str, Any]] | None:
     missing = {"meta", "state_dict", "optimizer", "message_hub"} - content.keys()
     if missing:
         raise CheckpointError(
-            f"{path}: contains no training that could be resumed ({', '.join(sorted(missing))} missing); to start from "
+            f"{path}: contains no training state to resume ({', '.join(sorted(missing))} missing); to start from "
             f"its weights, use --cfg-options load_from={path}."
         )
     _logger.info("resuming from %s", path)
@@ -55,7 +55,7 @@ def find(work_dir: Path, resume: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _preempted(work_dir: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint of a run that is resumed unasked, and its content."""
+    """Return the newest checkpoint of a preempted run that is resumed automatically, and its content."""
     first_start = should_resume(work_dir, resume)
     if first_start is None:
         return None

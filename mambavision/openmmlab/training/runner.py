@@ -40,7 +40,7 @@ def build_runner(config: Config, group: Group, given: Config) -> Runner:
     """Return the runner of a config on this machine.
 
     Args:
-        config: With all steps of the command line applied.
+        config: Config with all steps of the command line applied.
         group: All processes.
         given: The config as the user gave it, which is kept in the work dir.
     """

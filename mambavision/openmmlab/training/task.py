@@ -13,7 +13,7 @@ from mambavision.text import nearest
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between detection and segmentation.
+    """The task-specific parts of training and scoring.
 
     Attributes:
         check_training_data: Raises a DataError for a data set of a config that cannot be trained on.

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def train(options: TrainOptions, task: Task) -> None:
-    """Train as a config says."""
+    """Train according to a config."""
     check_ranges(vars(options))
     collect_log()
     config = load_config(options.config, options.cfg_options)
@@ -62,7 +62,7 @@ def train(options: TrainOptions, task: Task) -> None:
                 if resumed:
                     check_weights(runner.model, resumed, source)
                     check_classes(runner.train_loop.dataloader.dataset, resumed, source)
-                elif source:
+                elif source and content is not None:
                     check_some_weights(runner.model, content, source)
                 del content, resumed
                 runner.train()
