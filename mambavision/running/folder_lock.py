@@ -134,9 +134,7 @@ def _locked(path: Path) -> int | None:
                 os.close(descriptor)
                 return None
             if granted is None:
-                _logger.warning(
-                    "%s: this file system has no locks: make sure that no second run uses the folder", path.parent
-                )
+                _logger.warning("%s: no locks on this file system: make sure that no second run uses it", path.parent)
             if _is_at(descriptor, path):  # otherwise its last holder has just removed it
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(_this_holder()).encode())
