@@ -230,7 +230,7 @@ def test_averaged_weights_are_preferred(released, tmp_path, caplog):
 
 
 def test_weights_of_another_model_are_refused(released):
-    with pytest.raises(CheckpointError, match=r"of another model than the backbone: .* of another shape \(layers\."):
+    with pytest.raises(CheckpointError, match=r"to another model than the backbone: .* of another shape \(layers\."):
         SegMANEncoder_t(**{**SIZE, "embed_dims": (8, 16, 24, 40)}, pretrained=released[0]).init_weights()
 
 

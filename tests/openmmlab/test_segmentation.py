@@ -299,7 +299,7 @@ def with_label(value):
 
 
 WRONG_MASKS = {
-    "unknown label": (with_label(12), r"with the label 12, but the labels are 1 to 11, and 0 and 255 for no class"),
+    "unknown label": (with_label(12), r"has pixels with the label 12, but the labels are 1 to 11, and 0 and 255"),
     "size": (lambda labels: labels[:, :60], r"has 60 x 64 pixels, but its image 64 x 64"),
     "colours": (lambda labels: np.stack([labels] * 3, -1), r"is an image of mode RGB"),
 }
