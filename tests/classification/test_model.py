@@ -34,7 +34,7 @@ def test_means_of_other_channels_are_refused(digits):
     assert data_config(create_any("test_resnet", False, {}), {"std": [0.5]})["std"] == (0.5,) * 3
     with pytest.raises(UserError, match="--mean has 3 values, and the images have 1 channels"):
         data_config(model, {"mean": [0.1, 0.2, 0.3]})
-    with pytest.raises(UserError, match="image files give 1"):
+    with pytest.raises(UserError, match="image files have 1"):
         data.open_split(data_dir=str(digits), split="train", channels=4)
 
 

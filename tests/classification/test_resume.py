@@ -166,7 +166,7 @@ def checkpoint(prepare):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model-kwargs", "depths=1,1,1,2"], "is of another model: .* unexpected"),
+        (["--model-kwargs", "depths=1,1,1,2"], "belongs to another model: .* unexpected"),
         (["--opt", "sgd"], r"its optimizer state does not fit \(--opt was adamw and is sgd\); .*--no-resume-opt"),
         (["--opt", "adam"], "its optimizer state does not fit"),
         (["--layer-decay", "0.8"], "its optimizer state .* give --opt, --layer-decay and --weight-decay as before"),

@@ -104,7 +104,7 @@ def test_the_log_says_the_rate_and_the_batch_it_is_for(train, capsys):
 
 
 def test_warm_up_in_front_of_the_schedule_needs_a_schedule(train):
-    with pytest.raises(UserError, match="--warmup-prefix needs --epochs beyond --warmup-epochs"):
+    with pytest.raises(UserError, match="--warmup-prefix needs more --epochs than --warmup-epochs"):
         train("--warmup-prefix", "--epochs", "2", "--warmup-epochs", "2")
 
 

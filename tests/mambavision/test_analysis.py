@@ -77,7 +77,7 @@ def test_maps_that_are_not_finite_are_left_out(small_model):
     field = receptive_field(small_model, [images])
     assert (field.images, field.skipped) == (1, 1)
     assert field.map.isfinite().all()
-    with pytest.raises(UserError, match="of 1 images not one has a finite gradient"):
+    with pytest.raises(UserError, match="none of 1 images has a finite gradient"):
         receptive_field(small_model, [images[:1]])
 
 
@@ -204,7 +204,7 @@ def test_normalisation_and_the_order_of_routes(tiny):
     assert maps["a1_absnorm_CB"].amax(dim=(1, 2, 3)).tolist() == [1, 1]
     assert maps["a2_norm_CB"].amin(dim=(1, 2, 3)).tolist() == [0, 0]
     torch.testing.assert_close(maps["all_CB"], sum(maps[f"a{route}_CB"] for route in range(4)))
-    with pytest.raises(UserError, match=r"map a4_CB: the scan has 4 routes, from 0 on\."):
+    with pytest.raises(UserError, match=r"map a4_CB: the scan has 4 routes, counted from 0\."):
         attention_maps(record, [MapKind.parse("a4_CB")])
 
 
@@ -224,7 +224,7 @@ def test_rollout_keeps_what_rows_pass_on():
     [
         ("vmamba_tiny_s1l8", {}, "layers.2.block.1", r"has no module 'layers\.2\.block\.1'\. Did you mean"),
         ("vmamba_tiny_s1l8", {}, "layers.1.downsample", "layers.1.downsample of VMamba: has neither"),
-        ("vmamba_tiny_s1l8", {"routes": "cascade"}, "layers.2.blocks.1", "has 2 scans, one after the other"),
+        ("vmamba_tiny_s1l8", {"routes": "cascade"}, "layers.2.blocks.1", "has 2 consecutive scans"),
         ("mamba_vision_T", {}, "levels.0.blocks.0", "has neither a selective scan nor fused attention"),
     ],
 )
@@ -241,9 +241,9 @@ def test_tokens_without_a_known_place_are_refused():
 
 
 def test_blocks_by_number(small_model):
-    with pytest.raises(UserError, match=r"has no stage 4; it has 4, from 0 on\."):
+    with pytest.raises(UserError, match=r"has no stage 4; it has 4, counted from 0\."):
         block_name(small_model, 4, 0)
-    with pytest.raises(UserError, match=r"stage 1 of \w+: has no block 1; it has 1, from 0 on\."):
+    with pytest.raises(UserError, match=r"stage 1 of \w+: has no block 1; it has 1, counted from 0\."):
         block_name(small_model, 1, 1)
     with pytest.raises(UserError, match=r"ResNet: has no block 0; it has 0"):
         block_name(mambavision.create_model("test_resnet"), 0, 0)

@@ -145,7 +145,7 @@ def test_another_model_is_an_error_that_counts(tmp_path):
     path = tmp_path / "weights.pth"
     mambavision.save_checkpoint(small(depths=(1, 2, 2, 2)).state_dict(), path)
     model = small()
-    with pytest.raises(CheckpointError, match=r"of another model: .* 14 unexpected \(levels\.1\.blocks\.1\.conv1"):
+    with pytest.raises(CheckpointError, match=r"to another model: .* 14 unexpected \(levels\.1\.blocks\.1\.conv1"):
         mambavision.load_checkpoint(model, path)
     report = mambavision.load_checkpoint(model, path, strict=False)
     assert len(report.unexpected) == 14

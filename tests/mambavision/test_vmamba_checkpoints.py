@@ -166,7 +166,7 @@ def test_detectors_and_segmentors_are_told_from_classifiers(name, source, tmp_pa
     weights |= {f"{part}.conv.weight": torch.ones(1) for part in parts}
     mambavision.save_checkpoint({"meta": {}, "state_dict": weights}, tmp_path / "mask_rcnn.pth")
     model = small(name)
-    message = rf"mask_rcnn\.pth: is of a detector or segmentor \({', '.join(parts)} beside its backbone\).*strict=False"
+    message = rf"rcnn\.pth: belongs to a detector or segmentor \({', '.join(parts)} beside its backbone\).*strict=False"
     for load in (mambavision.load_checkpoint, load_pretrained):
         with pytest.raises(CheckpointError, match=message):
             load(model, tmp_path / "mask_rcnn.pth")
@@ -175,9 +175,7 @@ def test_detectors_and_segmentors_are_told_from_classifiers(name, source, tmp_pa
 
 def test_unreadable_settings_are_named(save_as_of):
     path = save_as_of({"meta": CfgNode({"epoch": 12})}, "mmengine.logs")
-    with pytest.raises(CheckpointError, match=r"of a detector or segmentor, .* refused, .*\(mmengine\.logs\.CfgNode\)"):
+    with pytest.raises(CheckpointError, match=r"to a detector or segmentor, .* refused, .*\(mmengine\.logs\.CfgNode\)"):
         read_checkpoint(path)
-    with pytest.raises(
-        CheckpointError, match=r"holds objects of mmengine\.logs, which is not installed; without trust"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds objects of mmengine\.logs, which is not installed; install it"):
         read_checkpoint(path, trust=True)

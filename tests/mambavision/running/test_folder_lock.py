@@ -118,7 +118,7 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(folder_lock, "try_lock", lambda descriptor: None)
     with FolderLock() as lock:
         lock.acquire(tmp_path, "")
-    assert "no locks on this file system: take care that no second run uses it" in caplog.text
+    assert "no locks on this file system: make sure that no second run uses it" in caplog.text
 
 
 @pytest.mark.parametrize("module", ["mambavision.files", "mambavision.running.folder_lock"])

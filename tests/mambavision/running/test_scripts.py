@@ -60,11 +60,11 @@ def test_signals_to_scripts_reach_the_program(shell, processes, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"GPUS": "2", "PROCESSES": "4"}, "PROCESSES=4 are more than GPUS=2 of a machine"),
-        ({"GPUS": "two"}, "GPUS=two is not a number that works here"),
-        ({"PROCESSES": "0"}, "PROCESSES=0 is not a number that works here"),
-        ({"NODES": "-1"}, "NODES=-1 is not a number that works here"),
-        ({"WARN": "soon"}, "WARN=soon is no number of seconds"),
+        ({"GPUS": "2", "PROCESSES": "4"}, "PROCESSES=4 is more than GPUS=2 of a machine"),
+        ({"GPUS": "two"}, "GPUS=two is not valid"),
+        ({"PROCESSES": "0"}, "PROCESSES=0 is not valid"),
+        ({"NODES": "-1"}, "NODES=-1 is not valid"),
+        ({"WARN": "soon"}, "WARN=soon is not a number of seconds"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(shell, settings, complaint):
@@ -120,7 +120,7 @@ def test_scripts_run_where_they_are_told_to(shell):
         assert shell("train.sh", "x", LAUNCH="local", **slurm).stdout == "<python><-u><train.py><x>"
     assert shell("train.sh", "x", LAUNCH="slurm").stdout.startswith("<sbatch>")
     refused = shell("train.sh", LAUNCH="here")
-    assert (refused.returncode, refused.stderr) == (2, "error: LAUNCH=here is not known; use local or slurm\n")
+    assert (refused.returncode, refused.stderr) == (2, "error: LAUNCH=here is unknown; use local or slurm\n")
     assert shell("train.sh", LAUNCH="local", NODES="2").returncode == 2
 
 
@@ -128,7 +128,7 @@ def test_refused_jobs_name_the_way_out(shell):
     shell.fake("sbatch", "echo 'sbatch: error: no partition' >&2; exit 1")
     refused = shell("train.sh", "x")
     assert refused.returncode == 1
-    assert refused.stderr.endswith("error: sbatch did not take the job; with LAUNCH=local it runs on this machine\n")
+    assert refused.stderr.endswith("error: sbatch refused the job; use LAUNCH=local to run on this machine\n")
 
 
 def test_scripts_use_an_allocation(shell):
@@ -165,9 +165,9 @@ def test_scripts_with_the_number_of_gpus(shell, folder):
         ),
         (
             "dist_train.sh a.py --amp 8",
-            "GPUS must be a number from 1 on, got --amp: dist_train.sh CONFIG GPUS [OPTION ...]",
+            "GPUS must be a number from 1, got --amp: dist_train.sh CONFIG GPUS [OPTION ...]",
         ),
-        ("dist_train.sh a.py 0", "GPUS must be a number from 1 on, got 0: dist_train.sh CONFIG GPUS [OPTION ...]"),
+        ("dist_train.sh a.py 0", "GPUS must be a number from 1, got 0: dist_train.sh CONFIG GPUS [OPTION ...]"),
     ],
     ids=str,
 )

@@ -57,14 +57,14 @@ def test_killed_processes_are_named(start):
     program = start(1, "die")
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 128 + signal.SIGKILL
-    assert errors == "error: process 0 of this machine was ended by SIGKILL\n"
+    assert errors == "error: process 0 of this machine was killed by SIGKILL\n"
 
 
 @pytest.mark.parametrize(
     ("machines", "complaint"),
     [
         ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR, the address of the first machine"),
-        ({"NODE_RANK": "1"}, "NODE_RANK=1 is not one of NNODES=1 machines, counted from 0 on"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 is not one of NNODES=1 machines, counted from 0"),
     ],
 )
 def test_machines_that_do_not_fit_are_refused(start, machines, complaint):

@@ -130,11 +130,11 @@ def test_every_admitted_name_has_a_reason(name):
 
 
 def test_reading_is_bounded_by_instructions_and_values(tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "_MOST_INSTRUCTIONS", 1000)
+    monkeypatch.setattr(program, "_MAX_INSTRUCTIONS", 1000)
     path = archive(tmp_path / "long.pth", mapping(x=b"](" + b"}" * 1000 + b"e"))
     assert "more than 1,000 instructions" in refusal(path)
     monkeypatch.undo()
-    monkeypatch.setattr(program, "_LARGEST_TREE", 100)
+    monkeypatch.setattr(program, "_MAX_VALUES", 100)
     doubled = b"]q\x01" + b"](h\x01h\x01eq\x01" * 10  # ten lists, which whoever walks through them meets 2047 times
     path = archive(tmp_path / "tree.pth", mapping(x=b"(" + doubled + b"t"))
     assert "refused" in refusal(path) or "damaged" in refusal(path)
