@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -25,7 +25,7 @@ from mambavision.running.sampling import shared_zeros
 
 _logger = logging.getLogger(__name__)
 
-add_img_extensions((".bmp", ".gif", ".tif", ".tiff", ".webp"))  # timm looks for .png, .jpg and .jpeg only
+_FURTHER_EXTENSIONS = (".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 # Data sets of timm, torchvision and this module have a length and a transform, which torch's Dataset lacks.
 ImageData = Any
@@ -38,6 +38,13 @@ _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "test"),
 }
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Return the extensions of image files, in lower case, after adding those that timm lacks to its list."""
+    add_img_extensions(_FURTHER_EXTENSIONS)
+    return frozenset(get_img_extensions(as_set=True))
 
 
 def decode_image(file: str | os.PathLike | BinaryIO, mode: str = "RGB", exif_transpose: bool = False) -> Image.Image:
@@ -118,6 +125,7 @@ class FolderDataset(ImageDataset):
         exif_transpose: bool = False,
         skip_corrupt: Skipping = "",
     ) -> None:
+        image_extensions()  # for timm's search of the folder
         try:
             super().__init__(str(root), class_map=class_map, input_img_mode=mode)
         except RuntimeError as error:  # timm's, if it finds nothing
@@ -228,7 +236,7 @@ def open_split(
         return opened
     root = find_split(data_dir, split, may_be_root=not is_training)
     if root.is_dir():
-        check_tree(root, get_img_extensions(as_set=True))
+        check_tree(root, image_extensions())
     if isinstance(class_map, str) and class_map:
         class_map = _read_class_map(class_map, root)
     elif not class_map and root.is_dir():
@@ -330,13 +338,15 @@ def _check_class_folders(root: Path) -> None:
         raise DataError(f"{root}: no class folders inside; expected a folder of images for each class.")
     empty = [folder.name for folder in folders if not _has_image(folder)]
     if len(empty) == len(folders):
-        raise DataError(f"{root}: no images in its {len(folders)} class folders ({', '.join(get_img_extensions())}).")
+        raise DataError(
+            f"{root}: no images in its {len(folders)} class folders ({', '.join(sorted(image_extensions()))})."
+        )
     if empty:
         raise DataError(f"{root}: no images in the class folders {_listed(empty)}; fill or remove them.")
 
 
 def _has_image(folder: Path) -> bool:
-    extensions = get_img_extensions(as_set=True)
+    extensions = image_extensions()
     return any(
         os.path.splitext(name)[1].lower() in extensions
         for _, _, files in os.walk(folder, followlinks=True)

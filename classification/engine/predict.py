@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
-from timm.data.readers import get_img_extensions
 
 from engine.acceleration import compiled, mixed_precision
 from engine.contact_sheet import Tile, draw_contact_sheets
-from engine.data import decode_image
+from engine.data import decode_image, image_extensions
 from engine.model import Classifier, open_classifier
 from engine.options import PredictOptions
 from mambavision.errors import DataError, NonFiniteError
@@ -68,7 +67,7 @@ def predict(options: PredictOptions) -> None:
 def find_images(inputs: Sequence[str], out: Path | None = None, results: str = "") -> list[Path]:
     """Return the image files given by paths, folders and patterns; see `mambavision.inputs.find_files`."""
     nothing = "no image there; give image files, folders of images, or a quoted pattern."
-    return list(find_files(inputs, get_img_extensions(as_set=True), out, results, nothing=nothing))
+    return list(find_files(inputs, image_extensions(), out, results, nothing=nothing))
 
 
 def _batches(

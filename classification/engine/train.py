@@ -265,7 +265,7 @@ class Trainer:
         try:
             scores = self._scores()
         except StopRequested:
-            self._leave(epoch, len(self.batches.train))
+            self._stop(epoch, len(self.batches.train))
         judged = scores.get("averaged", scores["raw"])
         lr = self.learner.lr
         self.learner.scheduler.step(epoch + 1, judged[metric])
@@ -402,11 +402,11 @@ class Trainer:
         if is_asked or is_due:
             self._note_so_far(total_loss)
         if is_asked:
-            self._leave(epoch, next_batch)
+            self._stop(epoch, next_batch)
         if is_due:
             self._save(epoch, next_batch=next_batch)
 
-    def _leave(self, epoch: int, next_batch: int) -> NoReturn:
+    def _stop(self, epoch: int, next_batch: int) -> NoReturn:
         if self.options.run.no_saver:
             self.group.leave()
             raise Preempted("; --no-saver: nothing was saved, and the run would start over")
