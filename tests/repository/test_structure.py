@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,37 @@ def test_optional_packages_are_imported_where_they_are_used(path):
         return  # kernels are compiled from modules, which are imported when the first of them is called
     if not path.startswith(("mambavision/openmmlab/", "assets/demo/")) and "/tools/" not in path:
         assert not set(imports(path, top_level_only=True)) & OPTIONAL
+
+
+LIBRARY = [
+    path
+    for path in SOURCES
+    if path.startswith(("kernels/vision_kernels/", "mambavision/"))
+    and not path.startswith(("mambavision/openmmlab/", "mambavision/running/"))
+    and Path(path).name not in ("__main__.py", "complexity.py")  # programs
+]
+
+
+@pytest.mark.parametrize("path", LIBRARY)
+def test_library_names_no_flag_and_no_program(path):
+    """Programs add the flags that cure an error."""
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    found = [text for text in strings if re.search(r"(^|[\s(\"'`])--[a-z]|\b(train|test|validate|predict)\.py\b", text)]
+    assert not found
+
+
+def test_only_the_openmmlab_tasks_import_the_adapter():
+    importers = {
+        path.split("/")[0] for path in SOURCES if "mambavision.openmmlab" in (ROOT / path).read_text(encoding="utf-8")
+    }
+    assert importers <= {"mambavision", "object_detection", "semantic_segmentation"}
+    own = [path for path in SOURCES if path.startswith("mambavision/") and "/openmmlab/" not in path]
+    assert not [path for path in own if "import mambavision.openmmlab" in (ROOT / path).read_text()]
+    assert not [path for path in own if "from mambavision.openmmlab" in (ROOT / path).read_text()]
 
 
 @pytest.mark.parametrize("path", SOURCES)
