@@ -1,7 +1,7 @@
 """Safe reading of checkpoints in any layout of the original projects, and atomic writing.
 
-Pickles are read by `mambavision.unpickling`, which never calls what they name. torch's own unpickler, which does, reads
-files that the caller trusts.
+Pickles are read by `mambavision.unpickling`, which never calls functions that a file names. torch's own
+unpickler, which does, is used only for files that the caller trusts.
 """
 
 import io

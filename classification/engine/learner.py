@@ -27,7 +27,7 @@ _SCALE = "amp_scaler"
 
 
 class Learner:
-    """A model in training.
+    """The model being trained, with its optimizer, loss scale and schedule.
 
     Attributes:
         task: Model, objective and averaged weights.

@@ -59,7 +59,7 @@ def train(options: TrainOptions) -> None:
 
 
 class Trainer:
-    """The part of a training run in one process. Nothing is written until everything is built.
+    """A training run, as seen by one process. Nothing is written until everything is built.
 
     Args:
         options: Options of train.py.
@@ -289,7 +289,7 @@ class Trainer:
         )  # fmt: skip
 
     def _prepare_epoch(self, epoch: int) -> None:
-        """Switch mixup off and self-distillation on when their epoch has come."""
+        """Disable mixup and enable self-distillation once their epochs are reached."""
         mixup_off, averaging = self.options.augmentation.mixup_off_epoch, self.options.averaging
         if mixup_off and epoch >= mixup_off:
             self.batches.train.stop_mixup()

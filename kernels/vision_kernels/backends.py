@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and why.
+"""Selection of operator implementations.
 
 Every operator has a list of implementations in order of preference. The first one that runs on the device of the inputs
 and supports the arguments is used, unless the environment variable ``VISION_KERNELS_BACKEND`` names another: one for

@@ -1,8 +1,7 @@
 """Registration of operators with torch.library.
 
 A registered operator is a single node for autograd, `torch.compile(fullgraph=True)`, `torch.export` and fake tensors.
-Operators are defined through `Library`, which adds less overhead to each call than `torch.library.custom_op`: small
-scans are quick.
+Operators are defined through `Library`, which adds less overhead per call than `torch.library.custom_op`, which matters for small scans.
 
 Exported programs call `torch.ops.vision_kernels.<name>` directly, so arguments are checked in the operators themselves,
 with or without data.
@@ -25,7 +24,7 @@ _SCHEMA_TYPES = {
 
 
 class _Library(torch.library.Library):
-    """Operators that use `_in_forward_mode` for inputs with a tangent, which autograd would silently take for zero."""
+    """Operators that use `_in_forward_mode` for inputs with a tangent, which autograd would silently treat as zero."""
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> Any:
         if dispatch_key == "Autograd":

@@ -1,4 +1,4 @@
-"""timm's interface for classifiers and backbones in stages, whatever their checkpoints call the parts."""
+"""timm's interface for classifiers and backbones in stages, independent of the names in their checkpoints."""
 
 import os
 import re
@@ -102,7 +102,7 @@ class StagedModel(TimmModel):
         return load_pretrained(self, path)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the optimizer should not decay beyond biases and other vectors."""
+        """Return the names of parameters without weight decay, in addition to biases and other vectors."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

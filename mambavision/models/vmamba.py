@@ -267,7 +267,7 @@ class VMamba(StagedModel):
         self.classifier.norm = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the optimizer should not decay beyond biases and other vectors."""
+        """Return the names of parameters without weight decay, in addition to biases and other vectors."""
         exempt = ("pos_embed",) if self.decay_scan else ("pos_embed", "A_logs", "dt_projs_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 

@@ -18,11 +18,11 @@ def adapt() -> None:
     """Adapt OpenMMLab's libraries; may be called repeatedly.
 
     - mmcv's compiled operators are replaced by torchvision's where they are not installed.
-    - Checkpoints, local ones and downloads, are read under the rules of `mambavision.checkpoint`.
+    - Local and downloaded checkpoints are read under the rules of `mambavision.checkpoint`.
     - Files are written atomically, and unreadable ones are reported with their path.
     - JSON files have null for numbers that are not finite.
-    - OpenCV and FFmpeg do not print messages for broken files, for which this package reports errors; nor does mmengine
-      0.10 warn about pkg_resources for every base config.
+    - Messages of OpenCV and FFmpeg about broken files, which this package reports itself, and warnings of mmengine 0.10
+      about pkg_resources are suppressed.
     """
     mmcv_ops.install()
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)

@@ -82,7 +82,7 @@ def settings_in(config: Any) -> Iterator[ConfigDict]:
 
 @contextlib.contextmanager
 def explained(source: str | Path) -> Iterator[None]:
-    """Turn errors that mistakes in a config cause while its parts are built into a UserError; others pass unchanged.
+    """Convert errors caused by mistakes in a config to a UserError; other errors propagate unchanged.
 
     Args:
         source: Name of the config in error messages.

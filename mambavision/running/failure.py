@@ -1,4 +1,4 @@
-"""Failure of a program of several processes: all of them end, and the error of the first to fail is printed last.
+"""Failure handling across processes: if one fails, all exit, and the first error is printed last.
 
 The processes share a store, in which the first to fail records its rank and exit status. The others fail a moment
 later, because the connection to it is lost, or wait in a collective that never ends: they end too, without printing

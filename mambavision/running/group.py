@@ -21,9 +21,9 @@ _GLOO_RELEASE_SECONDS = 0.5
 
 
 class Group:
-    """All processes of a run, with this one and its device.
+    """The processes of a run, as seen from this one.
 
-    Every method except `check_shares` is collective: all processes must call it together. A single process needs no
+    Every method except `check_shares` is collective: all processes must call it together. A single process creates no
     group of torch.distributed, and each method then returns its own value.
 
     Args:
@@ -82,7 +82,7 @@ class Group:
         )
 
     def leave(self) -> None:
-        """Leave the group. Not to be called after an error: the other processes would never arrive."""
+        """Leave the group. Do not call this after an error: the other processes would never arrive."""
         if not self.is_distributed:
             return
         torch.distributed.barrier()

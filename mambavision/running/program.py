@@ -1,4 +1,4 @@
-"""The wrapper that every program runs in: errors of the user and interruptions end it with one sentence."""
+"""Entry point wrapper: reports user errors and interruptions in one sentence instead of a traceback."""
 
 import errno
 import multiprocessing
@@ -24,8 +24,8 @@ _WORKER_SECONDS = 1.0  # to end after SIGTERM
 def run_cli(main: Callable[[], None], options: Mapping[str, Any] | None = None) -> None:
     """Run a program; a user error or interruption ends it with a sentence on stderr instead of a traceback.
 
-    Of several processes, the first to fail prints its error, as the last output of the program. The others, which fail
-    because it is gone or because all were asked to stop, print nothing and exit with the same status.
+    With several processes, only the first to fail prints its error, as the last output of the program. The others exit
+    silently with the same status.
 
     Args:
         main: The program.
@@ -51,7 +51,7 @@ def run_cli(main: Callable[[], None], options: Mapping[str, Any] | None = None) 
 
 
 def _end_abruptly(text: str) -> NoReturn:
-    """End without cleaning up: half-built loaders would complain, and need file descriptors that are not left."""
+    """Exit without cleaning up, for which half-built loaders would need file descriptors: there are none left."""
     if _rank() is not None:
         sys.unraisablehook = lambda *_: None
         _end(text, IO_FAILURE)

@@ -1,4 +1,4 @@
-"""The record of an unfinished run in its folder, by which the same command resumes it."""
+"""Record of an unfinished run, kept in its folder so that the same command can resume it."""
 
 import json
 import os

@@ -50,7 +50,7 @@ def entropy_of(view: SampleView, seed: int, rank: int, size: int) -> tuple[int, 
 class SeededDataset(Dataset):
     """A data set indexed by `SampleView`, each of which has its own random numbers.
 
-    Everything but the indexing is that of the wrapped data set, including attributes that are set.
+    All other attributes are read from and written to the wrapped data set.
 
     Args:
         dataset: Data set that draws random numbers, usually for augmentation.
@@ -81,7 +81,7 @@ class SeededDataset(Dataset):
         return getattr(self._dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of the data set: hooks replace its pipeline."""
+        """Set an attribute of the wrapped data set, because hooks replace its pipeline."""
         setattr(self._dataset, name, value)
 
 

@@ -1,4 +1,4 @@
-"""Stopping on request: the signals of schedulers, and the orderly end of a run that receives one.
+"""Graceful shutdown on the signals of schedulers.
 
 A scheduler that needs its machines back sends SIGTERM, or SIGUSR1 if the job asked for a warning (``sbatch --signal``).
 The run then finishes its step, writes a checkpoint, marks its folder, has Slurm requeue the job and exits with
@@ -30,7 +30,7 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
 
 class StopSignals:
-    """Records `STOP_SIGNALS` while entered; a signal that arrives two seconds after the first ends the program at once.
+    """Context manager that records `STOP_SIGNALS`; a signal two seconds or more after the first ends the program at once.
 
     Signals that the program ignores stay ignored.
 
@@ -81,7 +81,7 @@ class StopSignals:
 
 
 def shield_worker(program: int, worker: int) -> None:
-    """Let a data loader worker survive `STOP_SIGNALS` unless they come from its program, which ends workers by SIGTERM.
+    """Make a data loader worker ignore `STOP_SIGNALS`, except from its program, which ends workers by SIGTERM.
 
     Schedulers signal whole process groups, and the step that the run finishes may still need the worker's batches. For
     ``worker_init_fn``: ``partial(shield_worker, os.getpid())``.

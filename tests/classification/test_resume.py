@@ -1,4 +1,4 @@
-"""train.py: going on after an interruption."""
+"""Resuming train.py after an interruption."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from small_runs import identical, summary, timeless, weights
 
 
 class InterruptionError(Exception):
-    """Stands for whatever ends a process."""
+    """A simulated crash."""
 
 
 FULL = ["--epochs", "4", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "2", "--mesa", "0.5",
@@ -50,7 +50,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(train, trained, monkeypatch)
     assert timeless(resumed) == rows
 
 
-def test_run_can_be_taken_up_inside_an_epoch(train, trained, monkeypatch):
+def test_run_resumes_mid_epoch(train, trained, monkeypatch):
     words = [*FULL, "--recovery-interval", "1"]
     expected = weights(trained(*FULL))
     steps, backward = itertools.count(), learner.Learner.backward
@@ -83,7 +83,7 @@ def test_plateau_remembers_its_patience(train):
     assert folder is not None
 
 
-def test_automatic_resume_takes_the_newest_whole_checkpoint(train, copy_of_run, capsys):
+def test_auto_resume_picks_newest_intact_checkpoint(train, copy_of_run, capsys):
     folder = copy_of_run("--epochs", "3", "--checkpoint-hist", "3")
     assert len(list(folder.glob("checkpoint-*"))) == 3
     for newest in (folder / run_folder.LAST, folder / "checkpoint-2.pth.tar"):
@@ -103,7 +103,7 @@ def test_finished_run_has_nothing_left_to_do(train, copy_of_run, capsys):
     assert "all 2 epochs of this run are complete" in capsys.readouterr().out
 
 
-def test_foreign_checkpoints_start_a_folder_of_their_own(train, trained, tmp_path):
+def test_external_checkpoint_starts_new_folder(train, trained, tmp_path):
     folder = trained()
     foreign = tmp_path / "downloads" / "checkpoint.pth.tar"
     foreign.parent.mkdir()
@@ -197,8 +197,8 @@ def test_prefixes_of_wrappers_do_not_matter(prepare, checkpoint):
     assert all((value == 1).all() for value in model.state_dict().values())
 
 
-def test_runs_of_vmambas_program_go_on_without_their_optimizer(prepare, tmp_path):
-    """Its groups of parameters are in another order."""
+def test_vmamba_checkpoint_resumes_without_optimizer(prepare, tmp_path):
+    """VMamba orders its parameter groups differently."""
     ours = {"model": "vmamba_tiny_s1l8"}
     trainer = prepare(**ours)
     model, optimizer = trainer.learner.task.trainable_module.state_dict(), trainer.learner.optimizer.state_dict()
@@ -214,7 +214,7 @@ def test_runs_of_vmambas_program_go_on_without_their_optimizer(prepare, tmp_path
     assert identical(resumed.learner.task.get_eval_model(ema=True).module.state_dict(), averaged)
 
 
-def test_weights_alone_are_no_run(prepare, checkpoint):
+def test_weights_only_checkpoint_cannot_be_resumed(prepare, checkpoint):
     path, content = checkpoint
     mambavision.save_checkpoint({"state_dict": content["state_dict"]}, path)
     for words in ([], ["--no-resume-opt"]):
@@ -240,7 +240,7 @@ def position(trained):
     return trained.first_epoch, trained.first_batch, trained.epoch_so_far["images"], trained.learner.updates
 
 
-def test_epoch_goes_on_with_the_same_batches_only(prepare, recovery, caplog):
+def test_mid_epoch_resume_requires_same_batches(prepare, recovery, caplog):
     assert position(prepare("--resume", recovery, "--lr", "1")) == (1, 4, 40, 10)
     assert "is repeated" not in caplog.text
     for words, steps in {("--batch-size", 30): 2, ("--seed", 1): 6, ("--grad-accum-steps", 3): 2}.items():
@@ -259,7 +259,7 @@ def test_epoch_starts_over_with_another_number_of_processes(prepare, recovery, c
     assert "the run had 8 processes and now has 1: its random numbers differ" in caplog.text
 
 
-def test_epoch_that_starts_over_is_trained_whole(train, recovery):
+def test_restarted_epoch_runs_all_batches(train, recovery):
     (row,) = summary(train("--resume", recovery, "--batch-size", "30", "--experiment", "other"))
     assert row["epoch"] == "1"
     assert float(row["train_loss"]) < 1.9  # 2.0 in the part before the interruption
@@ -285,7 +285,7 @@ def test_start_epoch_moves_the_schedule(train, prepare, schedule):
     assert [row["lr"] for row in summary(whole)] == rates
 
 
-def test_start_epoch_leaves_the_interrupted_epoch(prepare, recovery):
+def test_start_epoch_overrides_mid_epoch_position(prepare, recovery):
     assert position(prepare("--resume", recovery, "--start-epoch", "3")) == (3, 0, 0, 18)
     assert position(prepare("--resume", recovery, "--start-epoch", "1")) == (1, 0, 0, 6)
 
@@ -300,7 +300,7 @@ def finish_epoch(checkpoints, epoch, metric):
 
 @pytest.mark.parametrize("replaced", [0, 1, 2])
 def test_interrupted_writing_keeps_the_best_weights(tmp_path, monkeypatch, replaced):
-    """Whatever the checkpoint to go on from says was best, those weights or better ones are there."""
+    """The file of the best weights is at least as good as the best that the newest checkpoint records."""
     checkpoints = run_folder.Checkpoints(tmp_path / "run", keep=2, lower_is_better=False)
     finish_epoch(checkpoints, 0, 50.0)
     steps, replace = itertools.count(), os.replace
@@ -327,7 +327,7 @@ def test_metrics_that_are_not_finite_are_worst(tmp_path, lower_is_better):
     assert read_checkpoint(tmp_path / run_folder.BEST)["metric"] == 5.0
 
 
-def test_repeated_epoch_takes_the_place_of_its_first_run(tmp_path):
+def test_repeated_epoch_replaces_its_first_checkpoint(tmp_path):
     checkpoints = run_folder.Checkpoints(tmp_path, keep=2, lower_is_better=False)
     for epoch, metric in [(0, 50.0), (1, 60.0), (1, 55.0), (2, 70.0)]:
         finish_epoch(checkpoints, epoch, metric)
@@ -338,7 +338,7 @@ def test_repeated_epoch_takes_the_place_of_its_first_run(tmp_path):
 # Which is the newest
 
 
-def test_times_of_files_do_not_matter(copy_of_run, prepare):
+def test_modification_times_are_ignored(copy_of_run, prepare):
     folder = copy_of_run("--epochs", "3", "--checkpoint-hist", "3")
     for age, path in enumerate(sorted(folder.glob("*.pth.tar"))):  # last.pth.tar looks oldest
         os.utime(path, (10**9 - age, 10**9 - age))
@@ -351,7 +351,7 @@ def test_times_of_files_do_not_matter(copy_of_run, prepare):
     assert prepare("--resume", "auto").first_epoch == 2
 
 
-def test_run_that_went_back_is_gone_on_with_from_there(train, prepare):
+def test_auto_resume_continues_from_rewound_epoch(train, prepare):
     folder = train("--epochs", "4", "--checkpoint-hist", "4")
     train("--epochs", "2", "--checkpoint-hist", "4", "--resume", folder / "checkpoint-0.pth.tar")
     assert (folder / "checkpoint-3.pth.tar").exists()
@@ -359,7 +359,7 @@ def test_run_that_went_back_is_gone_on_with_from_there(train, prepare):
     assert prepare("--resume", "auto").first_epoch == 2
 
 
-def test_run_that_was_resumed_last_is_taken(train, copy_of_run, prepare):
+def test_auto_resume_picks_last_resumed_run(train, copy_of_run, prepare):
     copy_of_run("--epochs", "1", name="a")
     train("--epochs", "2", "--experiment", "b")
     train("--epochs", "2", "--resume", "output/train/exp/a/last.pth.tar")

@@ -1,7 +1,7 @@
 """Options as dataclasses: flags, help, YAML checks and defaults follow from the fields.
 
 An option is a field made by `option`; a group of options is a dataclass of such fields; the options of a program are a
-`ProgramOptions` whose fields are groups. Imports nothing heavy, so that ``--help`` and a mistyped flag answer at once.
+`ProgramOptions` whose fields are groups. This module avoids heavy imports, so that ``--help`` and usage errors appear at once.
 """
 
 import argparse
@@ -33,9 +33,9 @@ def option(
     list takes one or more values, and a dict takes NAME=VALUE words.
 
     Args:
-        default: Value without the flag.
-        aliases: Further flags of the same option.
-        help: Its sentence in ``--help``.
+        default: Default value.
+        aliases: Additional names of the flag.
+        help: Help text.
         off: Further flag that turns a switch off.
         positional: The option is an argument without a flag.
         plain: A bool has no ``--no-`` form.

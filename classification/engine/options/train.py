@@ -58,19 +58,21 @@ class ModelOptions:
     """Model, initial weights and preprocessing."""
 
     model: str = option("mamba_vision_T", help="any model of mambavision.list_models() or of timm")
-    model_kwargs: dict[str, Any] = option({}, metavar="NAME=VALUE", help="further arguments of the model")
+    model_kwargs: dict[str, Any] = option({}, metavar="NAME=VALUE", help="further keyword arguments of the model")
     pretrained: bool = option(
         False, help="start from the released weights; to start from a file, use --initial-checkpoint"
     )
-    initial_checkpoint: str = option("", metavar="FILE", help="start from these weights, all of which must fit")
+    initial_checkpoint: str = option(
+        "", metavar="FILE", help="start from this checkpoint, all of whose weights must fit"
+    )
     skip_head: bool = option(False, help="do not load the classifier from --initial-checkpoint")
-    loadcheckpoint: str = option("", metavar="FILE", help="start from those weights in this file that fit")
+    loadcheckpoint: str = option("", metavar="FILE", help="start from the weights in this file that fit the model")
     trust_checkpoint: bool = option(False, help="unpickle checkpoints without restriction: they can run any code")
     resume: str = option(
         "",
         metavar="FILE|auto|never",
-        help="checkpoint to resume; auto: the newest of --experiment or --tag; never: do not resume a preempted run of "
-        "the same options, which is the default",
+        help="checkpoint to resume; auto: the newest of --experiment or --tag; never: start a new run; by default, a "
+        "preempted run with the same options is resumed",
     )
     no_resume_opt: bool = option(False, plain=True, help="resume the weights only, not the optimizer")
     num_classes: int | None = option(None, help="number of classes; default: counted in the data")
@@ -104,11 +106,11 @@ class OptimizerOptions:
     opt: str = option("adamw", "--optim", help="any optimizer of timm.optim.list_optimizers()")
     opt_eps: float = option(1e-8, help="epsilon of the optimizer")
     opt_betas: list[float] = option([0.9, 0.999], help="betas of the optimizer")
-    momentum: float = option(0.9, help="momentum of SGD and the like")
+    momentum: float = option(0.9, help="momentum of SGD and similar optimizers")
     weight_decay: float = option(0.05, help="weight decay")
-    clip_grad: float = option(5.0, help="bound of the gradient, see --clip-mode; 0: no clipping")
+    clip_grad: float = option(5.0, help="threshold of gradient clipping, see --clip-mode; 0: no clipping")
     clip_mode: Literal["norm", "value", "agc"] = option("norm", help="clip by the global norm, by value, or adaptively")
-    layer_decay: float | None = option(None, help="factor of the learning rate from each layer to the one before")
+    layer_decay: float | None = option(None, help="layer-wise decay factor of the learning rate")
     grad_accum_steps: int = option(1, "--accumulation-steps", help="batches per optimizer step")
 
 
@@ -136,8 +138,8 @@ class ScheduleOptions:
     )
     lr_noise_pct: float = option(0.67, help="limit of the noise, as a fraction of the learning rate")
     lr_noise_std: float = option(1.0, help="standard deviation of the noise")
-    lr_cycle_mul: float = option(1.0, help="factor of the length of each cycle")
-    lr_cycle_decay: float = option(1.0, help="factor of the peak of each cycle")
+    lr_cycle_mul: float = option(1.0, help="growth factor of the cycle length")
+    lr_cycle_decay: float = option(1.0, help="decay factor of the peak learning rate per cycle")
     lr_cycle_limit: int = option(1, help="number of cycles")
     lr_k_decay: float = option(1.0, help="exponent of k-decay in cosine and polynomial schedules")
     warmup_lr: float = option(1e-6, help="learning rate at the start of the warm-up")
@@ -148,11 +150,11 @@ class ScheduleOptions:
     decay_epochs: float = option(100, help="epochs between the decays of a step schedule")
     warmup_epochs: int = option(20, help="epochs of warm-up")
     warmup_prefix: bool = option(
-        False, help="start the schedule after the warm-up instead of under it; --epochs counts both"
+        False, help="start the schedule after the warm-up instead of at the same time; --epochs counts both"
     )
     cooldown_epochs: int = option(10, help="epochs at --min-lr after the schedule")
     patience_epochs: int = option(10, help="epochs without improvement before a plateau schedule decays")
-    decay_rate: float = option(0.1, "--dr", help="factor of each decay")
+    decay_rate: float = option(0.1, "--dr", help="decay factor of the learning rate")
 
 
 @dataclass
@@ -164,7 +166,7 @@ class AugmentationOptions:
     ratio: list[float] = option([3 / 4, 4 / 3], nargs=2, help="range of the aspect ratio of random crops")
     hflip: float = option(0.5, help="probability of a horizontal flip")
     vflip: float = option(0.0, help="probability of a vertical flip")
-    color_jitter: float = option(0.4, help="strength of colour jitter; without effect with --aa")
+    color_jitter: float = option(0.4, help="strength of colour jitter; ignored with --aa")
     aa: str = option("rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; empty for none")
     aug_repeats: float = option(0, help="augmented copies of each image, spread over the processes")
     aug_splits: int = option(0, help="copies of each image in a batch: one clean, the others augmented")

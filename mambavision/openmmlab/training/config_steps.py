@@ -1,4 +1,4 @@
-"""From the config in a file to the config that runs: every change, in the order in which it is applied.
+"""Steps that turn a config file into the config to run, in the order in which they are applied.
 
 A step is a function from config to config. `for_training` and `for_testing` list the steps that follow from the command
 line; `at_start` and `for_machine` list those that need to know the checkpoint, or the machine. The steps of one task

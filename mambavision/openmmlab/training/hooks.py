@@ -31,7 +31,7 @@ class _DeletesNothing(AtomicLocalBackend):
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's hook, in an order in which nothing is lost whenever the run is killed.
+    """mmengine's hook, but nothing is lost if the run is killed at any point.
 
     First the new checkpoint is completed, then the file ``last_checkpoint`` names it, then old ones are deleted.
     """

@@ -133,7 +133,7 @@ class _ExactLoop(BaseLoop):
             self._validate()
 
     def _stop_if_asked(self, validates: Callable[[], bool]) -> None:
-        """Stop if the processes agreed on it before the last step; never between optimizer steps."""
+        """Stop if any process had been asked to before the last step; never while gradients accumulate."""
         if self._steps.must_stop:
             self._stop(validates())
 
@@ -149,7 +149,7 @@ class _ExactLoop(BaseLoop):
 
 @LOOPS.register_module()
 class ExactEpochLoop(_ExactLoop, EpochBasedTrainLoop):
-    """mmengine's loop over epochs, which resumes exactly, also within an epoch."""
+    """Epoch-based training loop that resumes exactly, even within an epoch."""
 
     def run(self) -> nn.Module:
         """Train to the last epoch; return the model."""
@@ -186,7 +186,7 @@ class ExactEpochLoop(_ExactLoop, EpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class ExactIterLoop(_ExactLoop, IterBasedTrainLoop):
-    """mmengine's loop over iterations, which resumes exactly and without reading skipped batches."""
+    """Iteration-based training loop that resumes exactly, without reading skipped batches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
