@@ -1,7 +1,8 @@
 """Registration of operators with torch.library.
 
 A registered operator is a single node for autograd, `torch.compile(fullgraph=True)`, `torch.export` and fake tensors.
-Operators are defined through `Library`, which adds less overhead per call than `torch.library.custom_op`, which matters for small scans.
+Operators are defined through `Library`, which adds less overhead per call than `torch.library.custom_op`; this matters
+for small scans.
 
 Exported programs call `torch.ops.vision_kernels.<name>` directly, so arguments are checked in the operators themselves,
 with or without data.

@@ -207,8 +207,8 @@ class MambaVision(StagedModel):
         drop_path_rate: Stochastic depth of the last block; rises linearly from 0.
         layer_scale: Initial scale of the branches of token blocks; None for no scale.
         layer_scale_conv: The same for convolution blocks.
-        dt_init: Initial step size of the scan. "published": small random weights and zero bias, as the original effectively
-            uses: its generic initialisation overwrites the Mamba-specific one. "mamba": the Mamba-specific one.
+        dt_init: Initial step size of the scan. "published": small random weights and zero bias, as the original uses in
+            effect: its generic initialisation overwrites the Mamba-specific one. "mamba": the Mamba-specific one.
         decay_A_log: Apply weight decay to A_log. The original marks A_log as exempt, but no optimizer reads the mark.
             False exempts it through `no_weight_decay`.
         drop_path_per_image: Stochastic depth drops whole images, as usual, instead of single windows.

@@ -42,7 +42,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("angle", frequencies.repeat_interleave(2))
 
     def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines for `rotate`, (height, width, 2, 1, head_dim) each: for queries (scaled) and keys."""
+        """Return cosines and sines for `rotate`, (height, width, 2, 1, head_dim) each: for scaled queries and keys."""
         rows = torch.arange(height, device=self.angle.device)[:, None] * self.angle
         columns = torch.arange(width, device=self.angle.device)[:, None] * self.angle
         rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)

@@ -27,8 +27,8 @@ def position(checkpoint: Mapping[str, Any]) -> Position:
 def new_start_number(positions: Iterable[Position]) -> float:
     """Return a number for a start of a run that is greater than those of all earlier starts.
 
-    It is the current time, or more if clocks disagree. Files of this start therefore count as newer than all earlier ones, even if
-    it returns to an earlier epoch.
+    It is the current time, or more if clocks disagree. Files of this start therefore count as newer than all earlier
+    ones, even if it returns to an earlier epoch.
 
     Args:
         positions: Positions of the existing checkpoints, each beginning with the number of its start.

@@ -30,7 +30,7 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
 
 class StopSignals:
-    """Context manager that records `STOP_SIGNALS`; a signal two seconds or more after the first ends the program at once.
+    """Context manager that records `STOP_SIGNALS`; one more, two seconds or later, ends the program at once.
 
     Signals that the program ignores stay ignored.
 

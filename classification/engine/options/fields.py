@@ -1,7 +1,8 @@
 """Options as dataclasses: flags, help, YAML checks and defaults follow from the fields.
 
 An option is a field made by `option`; a group of options is a dataclass of such fields; the options of a program are a
-`ProgramOptions` whose fields are groups. This module avoids heavy imports, so that ``--help`` and usage errors appear at once.
+`ProgramOptions` whose fields are groups. This module avoids heavy imports, so that ``--help`` and usage errors appear
+at once.
 """
 
 import argparse
