@@ -250,7 +250,7 @@ def test_wrong_checkpoint(train, score, trained, tmp_path):
     checkpoint = read_checkpoint(trained / "epoch_2.pth")
     weights = tmp_path / "weights.pth"
     save_checkpoint({"state_dict": checkpoint["state_dict"]}, weights)
-    with pytest.raises(CheckpointError, match=r"weights\.pth: contains no training that could be resumed .*load_from="):
+    with pytest.raises(CheckpointError, match=r"weights\.pth: contains no training state to resume .*load_from="):
         train("--resume", weights)
     with pytest.raises(CheckpointError, match=r"belongs to another model than the config: \d+ of another shape \(neck"):
         score(weights, "--cfg-options", "model.neck.out_channels=24", "model.rpn_head.in_channels=24")

@@ -162,6 +162,6 @@ def test_incomplete_set_is_written_again(tmp_path, monkeypatch):
 
 def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(OutputError, match="name a folder"):
+    with pytest.raises(OutputError, match="choose a new folder"):
         write_scenes(tmp_path, "coco", OPTIONS)
     assert contents(tmp_path) == {"thesis.txt": b"all of it"}
