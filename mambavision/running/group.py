@@ -23,7 +23,7 @@ _GLOO_RELEASE_SECONDS = 0.5
 class Group:
     """The processes of a run, as seen from this one.
 
-    Every method except `check_shares` is collective: all processes must call it together. A single process creates no
+    Every method is collective: all processes must call it together. A single process creates no
     group of torch.distributed, and each method then returns its own value.
 
     Args:
