@@ -1,18 +1,44 @@
 """mmengine's runner for a config on this machine, and the group of processes it runs in."""
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from mmengine import Config
 from mmengine.runner import Runner
 
 from mambavision.errors import UserError
-from mambavision.openmmlab.logs import log_to
+from mambavision.openmmlab.config import load_config
+from mambavision.openmmlab.logs import collect_log, log_to
 from mambavision.openmmlab.training.config_steps import for_machine
+from mambavision.openmmlab.training.options import CommonOptions
 from mambavision.running.group import Group
 from mambavision.running.process import Launcher, Process, pick_device, this_process
+from mambavision.running.ranges import check_ranges
 from mambavision.running.slurm import set_rendezvous
+
+Options = TypeVar("Options", bound=CommonOptions)
+
+
+def read_config(options: Options, apply_options: Callable[[Config, Options], Config]) -> tuple[Config, Config]:
+    """Read the config of a program, whose log lines are collected from here on.
+
+    Args:
+        options: Of the program.
+        apply_options: Applies them to the config.
+
+    Returns:
+        The config with the options applied, and the config as the user gave it, to be kept in the same work dir.
+    """
+    check_ranges(vars(options))
+    collect_log()
+    config = load_config(options.config, options.cfg_options)
+    given = copy.deepcopy(config)
+    config = apply_options(config, options)
+    given.work_dir = config.work_dir
+    return config, given
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Training with mmengine's runner."""
 
 import contextlib
-import copy
 import logging
 from functools import partial
 from pathlib import Path
@@ -9,17 +8,15 @@ from pathlib import Path
 from mmengine.runner import CheckpointLoader, Runner
 
 from mambavision.errors import Interruption, Preempted
-from mambavision.openmmlab.config import explained, load_config
-from mambavision.openmmlab.logs import collect_log
+from mambavision.openmmlab.config import explained
 from mambavision.openmmlab.training import resume
 from mambavision.openmmlab.training.config_steps import apply, at_start, for_training, has_exact_loops
 from mambavision.openmmlab.training.hooks import OwnFolderHook
 from mambavision.openmmlab.training.options import TrainOptions
-from mambavision.openmmlab.training.runner import build_runner, joined_group
+from mambavision.openmmlab.training.runner import build_runner, joined_group, read_config
 from mambavision.openmmlab.training.task import Task
 from mambavision.openmmlab.weights import check_classes, check_some_weights, check_weights
 from mambavision.running.folder_lock import FolderLock
-from mambavision.running.ranges import check_ranges
 from mambavision.running.signals import StopSignals
 from mambavision.running.slurm import lock_patience
 
@@ -28,12 +25,7 @@ _logger = logging.getLogger(__name__)
 
 def train(options: TrainOptions, task: Task) -> None:
     """Train according to a config."""
-    check_ranges(vars(options))
-    collect_log()
-    config = load_config(options.config, options.cfg_options)
-    given = copy.deepcopy(config)
-    config = for_training(config, options)
-    given.work_dir = config.work_dir
+    config, given = read_config(options, for_training)
     is_exact = has_exact_loops(config)
     if not is_exact:
         _logger.warning(
